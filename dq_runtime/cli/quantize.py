@@ -1,0 +1,128 @@
+"""``dq quantize``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = """
+[bold]Examples[/bold]
+
+dq quantize HuggingFaceTB/SmolLM2-135M -o out --bits 3 --calibration c4.txt
+
+dq quantize model.gguf -o out --bits 4 --group-size 32 --asymmetric --rounding nearest
+
+dq quantize ./model -o out --override 'model.layers.0.*=8' --override '*.down_proj=4:32' --set lr=0.05 --set clamp=1.0
+
+dq quantize ./model -o out --calibration c4.txt --resume
+"""
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model directory, a hub name, or a .gguf file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint directory to write.")],
+    bits: Annotated[int, typer.Option(help="Bits per code, 2 to 8.")] = 3,
+    group_size: Annotated[str, typer.Option(help="Weights that share a scale: 16, 32, 64, 128 or row.")] = "64",
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Give every group a zero point.")] = False,
+    scale: Annotated[str, typer.Option(help="How scales are fitted: absmax or mse (a search).")] = "absmax",
+    scale_dtype: Annotated[str, typer.Option(help="Serving dtype of scales: bfloat16 or float16.")] = "bfloat16",
+    rounding: Annotated[str, typer.Option(help="The rounding method: discquant or nearest.")] = "discquant",
+    transform: Annotated[str, typer.Option(help="The basis in which weights are rounded: identity.")] = "identity",
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the method, NAME=VALUE; may be repeated.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=BITS[:GROUP] or PATTERN=dense for layers whose name matches; may be repeated."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave layers that match this pattern dense; default lm_head.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text, .jsonl or hf:NAME[:CONFIG[:SPLIT]]. Without it the model writes its own text."),
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text to measure on; default: documents kept out of --calibration.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 96,
+    window_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    held_out_windows: Annotated[int, typer.Option(help="Held-out windows to measure on.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the order of documents and of the start of rounding.")] = 0,
+    compute_dtype: Annotated[str, typer.Option(help="Of the rounding loop: auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between saved states.")] = 120.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this command.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Also write report.json, .html and .png here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+) -> None:
+    """Round MODEL onto a low-bit grid and write a packed checkpoint with its measured quality."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dq_runtime.cli.progress import Bars
+    from dq_runtime.errors import SpecError
+    from dq_runtime.evaluate.report import table
+    from dq_runtime.pipeline import Silent
+    from dq_runtime.pipeline import quantize as run
+    from dq_runtime.spec import PER_ROW, GridSpec, Override, QuantSpec, RoundingSpec
+
+    options = {}
+    for item in option or []:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise SpecError(f"--set {item!r} is not NAME=VALUE")
+        options[name] = value
+    if group_size != "row" and not group_size.isdecimal():
+        raise SpecError(f"--group-size must be 16, 32, 64, 128 or row, got {group_size!r}")
+    group = PER_ROW if group_size == "row" else int(group_size)
+    spec = QuantSpec(
+        grid=GridSpec("int", bits, group, not asymmetric, scale, scale_dtype),
+        transform=transform,
+        rounding=RoundingSpec(rounding, options),
+        ignore=("lm_head",) if ignore is None else tuple(ignore),
+        overrides=tuple(Override.parse(o) for o in override or []),
+        seed=seed,
+    )
+    with Bars() as bars:
+        result = run(
+            model,
+            output,
+            spec,
+            calibration=calibration,
+            held_out=held_out,
+            windows=windows,
+            window_length=window_length,
+            held_out_windows=held_out_windows,
+            compute_dtype=compute_dtype,
+            device=device,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            overwrite=overwrite,
+            report_directory=report,
+            listener=Silent() if as_json else bars,
+        )
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    head, *rows = table(result)
+    shown = Table(*head, title=f"{result['model']}, {result['bits_per_weight']:.2f} bits per weight")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    console.print(
+        f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB. "
+        f"Checkpoint: {output}. Report: {(report or output) / 'report.html'}",
+        soft_wrap=True,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(quantize)

@@ -1,0 +1,56 @@
+"""The contract of a grid. Shapes: N = out_features, K = in_features, G = K / group_size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dq_runtime.spec import GridSpec
+
+
+@dataclass(frozen=True)
+class Affine:
+    """value = scale * (code - zero): the decode form of every integer grid, the only thing a kernel knows of one."""
+
+    bits: int
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Per-group parameters of one weight: ``scale`` [N, G] in the serving dtype; ``zero`` uint8 [N, G], or None where
+    every zero point is the middle code 2^(bits-1) (symmetric)."""
+
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+class Grid(Protocol):
+    """A grid is built from its :class:`GridSpec` and is stateless beyond it."""
+
+    spec: GridSpec
+    decode_form: Affine
+
+    def __init__(self, spec: GridSpec) -> None: ...
+
+    def fit(self, w: Tensor) -> Scales:
+        """Scales for a float weight [N, K]."""
+        ...
+
+    def position(self, w: Tensor, scales: Scales) -> Tensor:
+        """Where each weight lies on the code axis: float32 [N, K], the real number v with w = scale * (v - zero)."""
+        ...
+
+    def neighbours(self, w: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+        """The two codes around each weight, uint8 [N, K] each; lo == hi where the weight is outside the grid."""
+        ...
+
+    def nearest(self, w: Tensor, scales: Scales) -> Tensor:
+        """The code closest to each weight, uint8 [N, K]."""
+        ...
+
+    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values of codes [N, K]."""
+        ...

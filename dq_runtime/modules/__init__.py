@@ -1,0 +1,1 @@
+"""The two linears: one that serves (QuantLinear) and one that is rounded (StudentLinear)."""

@@ -1,0 +1,48 @@
+"""The torch operator ``dq_runtime::qmm``: schema, fake implementation and gradient to the input, once for all backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq_runtime.backends import dispatch
+from dq_runtime.packing import PackedWeight
+
+
+@torch.library.custom_op("dq_runtime::qmm", mutates_args=())
+def _qmm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int) -> Tensor:
+    return dispatch.qmm(x, PackedWeight(packed, scale, zero, bits, k))
+
+
+@_qmm.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, zero, bits, k = inputs
+    ctx.save_for_backward(packed, scale, zero)
+    ctx.bits, ctx.k, ctx.x_dtype = bits, k, x.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    """grad_x = grad @ W, one tile of rows at a time: the packed weight is never dense."""
+    packed, scale, zero = ctx.saved_tensors
+    w = PackedWeight(packed, scale, zero, ctx.bits, ctx.k)
+    flat = grad.reshape(-1, w.n).float()
+    out = torch.zeros(flat.shape[0], w.k, device=grad.device)
+    rows = max(1, 2**21 // w.k)
+    for start in range(0, w.n, rows):
+        stop = min(start + rows, w.n)
+        out.addmm_(flat[:, start:stop], w.decode(start, stop))
+    return out.view(*grad.shape[:-1], w.k).to(ctx.x_dtype), None, None, None, None, None
+
+
+_qmm.register_autograd(_backward, setup_context=_setup)
+
+
+def qmm(x: Tensor, w: PackedWeight) -> Tensor:
+    """x [..., K] @ decode(w).T -> [..., N]; differentiable in x; traceable by torch.compile."""
+    return _qmm(x, w.packed, w.scale, w.zero, w.bits, w.k)

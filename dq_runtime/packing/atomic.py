@@ -1,0 +1,64 @@
+"""Files and directories that appear whole or not at all: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dq_runtime.errors import DQError
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """``write(temporary path)``, then move it over ``path``; on any failure ``path`` is as it was."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as e:
+        raise DQError(f"could not write {path}: {e.strerror or e}; nothing was changed") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling directory; on success it becomes ``path``, on failure nothing is left behind.
+
+    An existing ``path`` is refused unless ``overwrite``, and then removed only after the new one is complete.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _fsync(file)
+        _fsync(temporary)
+        if path.exists():
+            if not overwrite:
+                raise DQError(f"{path} appeared while this run was writing; nothing was replaced")
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _fsync(path.parent)
+    except OSError as e:
+        raise DQError(f"could not write {path}: {e.strerror or e}; nothing was written") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,246 @@
+"""The checkpoint on disk: a standard compressed-tensors ``pack-quantized`` directory.
+
+Per quantized linear: ``weight_packed`` int32 [N, ceil(K*b/32)], ``weight_scale`` [N, G], ``weight_shape`` int64 [2], and
+for asymmetric grids ``weight_zero_point`` int32 [ceil(N*b/32), G] packed along out_features. ``SHA256SUMS`` (checkable
+with ``sha256sum -c``) covers every file, so that a flipped bit is found before it becomes text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dq_runtime.errors import CheckpointError
+from dq_runtime.packing.layout import PackedWeight, pack_codes, unpack_codes, words_per_row
+from dq_runtime.packing.quant_config import Scheme, from_config, match
+
+SUMS = "SHA256SUMS"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+def packed_tensors(layer: str, w: PackedWeight) -> dict[str, Tensor]:
+    """The tensors that store one layer, by name."""
+    tensors = {
+        f"{layer}.weight_packed": w.packed,
+        f"{layer}.weight_scale": w.scale,
+        f"{layer}.weight_shape": torch.tensor([w.n, w.k], dtype=torch.int64),
+    }
+    if w.zero is not None:
+        tensors[f"{layer}.weight_zero_point"] = pack_codes(w.zero.t().contiguous(), w.bits).t()
+    return tensors
+
+
+def write_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``model.safetensors``, or numbered shards of at most 4 GiB with their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous().cpu()
+        size += tensor.nbytes
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        try:
+            save_file(shard, directory / name, metadata={"format": "pt"})
+            (directory / name).chmod(0o644)  # the library creates 0600, which a server's own user could not read
+        except SafetensorError as e:  # how the library reports a full disk
+            raise OSError(None, str(e)) from e
+    if len(shards) > 1:
+        weight_map = {t: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(t.nbytes for t in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_sums(directory: Path) -> None:
+    """Hash every file of the directory into ``SHA256SUMS``; call it last."""
+    files = sorted(f for f in directory.iterdir() if f.is_file() and f.name != SUMS)
+    (directory / SUMS).write_text("".join(f"{_sha256(f)}  {f.name}\n" for f in files), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A validated checkpoint, its tensors still on disk.
+
+    ``config`` is config.json; ``layers`` the scheme of each packed linear; ``dense`` the names of all other tensors.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    layers: dict[str, Scheme]
+    dense: tuple[str, ...]
+    _files: dict[str, Path]
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by name, memory-mapped, grouped by file."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        for file, members in by_file.items():
+            with safe_open(file, framework="pt") as f:
+                for name in members:
+                    yield name, f.get_tensor(name)
+
+    def packed(self) -> Iterator[tuple[str, PackedWeight]]:
+        """Every packed linear, validated by value: scales finite and positive, padding bits zero."""
+        for layer, scheme in self.layers.items():
+            names = [f"{layer}.{s}" for s in SUFFIXES if f"{layer}.{s}" in self._files]
+            tensors = {name.rpartition(".")[2]: tensor for name, tensor in self.read(names)}
+            yield layer, _assemble(layer, scheme, tensors, self.path)
+
+    def shape(self, name: str) -> list[int]:
+        with safe_open(self._files[name], framework="pt") as f:
+            shape: list[int] = f.get_slice(name).get_shape()
+        return shape
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Validate a directory (files, hashes, names, dtypes, shapes, bit widths) without loading a weight into a model."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give the output directory of dq quantize")
+    _verify_sums(directory)
+    config = _read_json(directory / "config.json")
+    schemes = from_config(config.get("quantization_config"), str(directory / "config.json"))
+    files = _tensor_files(directory)
+    layers = {}
+    dense = []
+    for name in files:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            layers[layer] = match(schemes, layer, str(directory / "config.json"))
+        elif kind in SUFFIXES:
+            if f"{layer}.weight_packed" not in files:
+                raise CheckpointError(f"{directory}: {name} is present but {layer}.weight_packed is missing")
+        else:
+            dense.append(name)
+    if not layers:
+        raise CheckpointError(f"{directory} holds no packed weights, although its config says it is quantized")
+    checkpoint = Checkpoint(directory, config, layers, tuple(dense), files)
+    _verify_layouts(checkpoint)
+    return checkpoint
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; it is not a complete checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path} is not valid JSON ({e}); the file is damaged") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def _verify_sums(directory: Path) -> None:
+    """Where SHA256SUMS exists, what it lists and the loader reads must match. Hashing costs about 0.6 s per GB."""
+    sums = directory / SUMS
+    if not sums.exists():
+        return
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        file = directory / name
+        if len(digest) != 64 or not name or "/" in name:
+            raise CheckpointError(f"{sums} is damaged; restore it, or delete it to load without integrity checks")
+        if not name.endswith((".safetensors", ".index.json")) and name not in ("config.json", "tokenizer.json"):
+            continue
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, although {SUMS} lists it; copy the checkpoint again")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is damaged: it does not match {SUMS}; copy the checkpoint again")
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, checked against the files' own headers."""
+    if (directory / INDEX).exists():
+        weight_map = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) and "/" not in v for v in weight_map.values()
+        ):
+            raise CheckpointError(f"{directory / INDEX} has no usable weight_map")
+        shards = sorted(set(weight_map.values()))
+    else:
+        weight_map, shards = None, ["model.safetensors"]
+    found: dict[str, Path] = {}
+    for shard in shards:
+        file = directory / shard
+        if not file.is_file():
+            raise CheckpointError(f"{directory} has no {shard}; it is not a complete checkpoint")
+        try:
+            with safe_open(file, framework="pt") as f:
+                found |= {name: file for name in f.keys()}  # noqa: SIM118 (safe_open is not a dict)
+        except SafetensorError as e:
+            raise CheckpointError(f"{file} is truncated or not a safetensors file ({e})") from None
+    if weight_map is not None and set(weight_map) != set(found):
+        odd = sorted(set(weight_map) ^ set(found))[0]
+        raise CheckpointError(f"{directory}: index and shards disagree about {odd}")
+    return found
+
+
+def _verify_layouts(checkpoint: Checkpoint) -> None:
+    """Shapes and dtypes of every packed layer, from the headers alone."""
+    for layer, scheme in checkpoint.layers.items():
+        wanted = ["weight_packed", "weight_scale", "weight_shape"]
+        wanted += [] if scheme.symmetric else ["weight_zero_point"]
+        for suffix in SUFFIXES:
+            present = f"{layer}.{suffix}" in checkpoint._files
+            if present != (suffix in wanted):
+                state = "missing" if suffix in wanted else "present, although the layer is symmetric"
+                raise CheckpointError(f"{checkpoint.path}: {layer}.{suffix} is {state}")
+
+
+def _assemble(layer: str, scheme: Scheme, tensors: Mapping[str, Tensor], path: Path) -> PackedWeight:
+    def bad(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {layer} {what}")
+
+    shape, packed, scale = tensors["weight_shape"], tensors["weight_packed"], tensors["weight_scale"]
+    if shape.dtype not in (torch.int64, torch.int32) or shape.shape != (2,) or (shape <= 0).any():
+        raise bad(f"weight_shape is {shape.tolist()}, expected two positive integers")
+    n, k = (int(v) for v in shape)
+    bits = scheme.bits
+    if packed.dtype is not torch.int32 or packed.shape != (n, words_per_row(k, bits)):
+        expected = [n, words_per_row(k, bits)]
+        raise bad(f"weight_packed is {packed.dtype} {list(packed.shape)}, expected torch.int32 {expected}")
+    group_size = k if scheme.group_size == -1 else scheme.group_size
+    if group_size <= 0 or k % group_size:
+        raise bad(f"has {k} in_features, not a multiple of group size {group_size}")
+    groups = k // group_size
+    if scale.dtype not in (torch.bfloat16, torch.float16) or scale.shape != (n, groups):
+        raise bad(f"weight_scale is {scale.dtype} {list(scale.shape)}, expected 16-bit float {[n, groups]}")
+    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+        raise bad("weight_scale holds a value that is not finite and positive")
+    spare = words_per_row(k, bits) * 32 - k * bits
+    if spare and bool(((packed[:, -1].to(torch.int64) & 0xFFFFFFFF) >> (32 - spare)).any()):
+        raise bad("weight_packed has bits set in the padding of its last word")
+    zero = None
+    if not scheme.symmetric:
+        z = tensors["weight_zero_point"]
+        if z.dtype is not torch.int32 or z.shape != (words_per_row(n, bits), groups):
+            expected = [words_per_row(n, bits), groups]
+            raise bad(f"weight_zero_point is {z.dtype} {list(z.shape)}, expected torch.int32 {expected}")
+        zero = unpack_codes(z.t().contiguous(), bits, n).t().contiguous()
+    return PackedWeight(packed, scale, zero, bits, k)

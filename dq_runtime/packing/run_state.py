@@ -1,0 +1,120 @@
+"""The state of a quantization in progress, in ``OUT.partial/``: what ``--resume`` needs to continue bit for bit.
+
+``request.json`` says what is being made; a resumed run that asks for anything else is refused. ``state.safetensors``
+holds the method's tensors with its step and history in the header: one file, one rename, never half a state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dq_runtime.errors import CheckpointError, Interrupted, SpecError
+from dq_runtime.packing.atomic import replace_file
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata={"dq": json.dumps(header)})
+        except SafetensorError as e:  # how the library reports a full disk
+            raise OSError(None, str(e)) from e
+
+    replace_file(path, write)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as f:
+            header = json.loads(f.metadata()["dq"])
+            return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path} is damaged ({e}); delete {path.parent} and start again") from None
+
+
+class RunState:
+    """Implements the ``StateStore`` contract of rounding over a directory beside the output."""
+
+    def __init__(self, output: Path, every: float) -> None:
+        self.directory = output.with_name(output.name + ".partial")
+        self.every = every
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self._last = time.monotonic()
+
+    def open(self, resume: bool) -> None:
+        """Refuse an unfinished run that was not asked to be resumed; called before any work."""
+        if self.directory.exists() and not resume:
+            raise SpecError(
+                f"{self.directory} holds an unfinished run; add --resume to continue it, or delete it to start again"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def claim(self, request: Mapping[str, Any]) -> None:
+        """Write down what is being made, or refuse to continue a state that was made for something else."""
+        file = self.directory / "request.json"
+        wanted = json.loads(json.dumps(request))
+        if not file.exists():
+            replace_file(file, lambda p: p.write_text(json.dumps(wanted, indent=2), encoding="utf-8"))
+            return
+        try:
+            previous = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise CheckpointError(f"{file} is damaged; delete {self.directory} and start again") from None
+        changed = [key for key in wanted if previous.get(key) != wanted[key]]
+        if changed:
+            raise SpecError(
+                f"{self.directory} was made with a different {' and '.join(changed)}; repeat the original options, or "
+                "delete it to start again"
+            )
+
+    def windows(self, name: str) -> Tensor | None:
+        """Token windows saved by an earlier try (sampling them from the teacher takes minutes)."""
+        saved = _load(self.directory / f"{name}.safetensors")
+        return None if saved is None else saved[0]["tokens"]
+
+    def save_windows(self, name: str, tokens: Tensor) -> None:
+        _save(self.directory / f"{name}.safetensors", {"tokens": tokens}, {})
+
+    def codes(self) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:
+        """The finished codes of an earlier try that stopped after rounding."""
+        saved = _load(self.directory / "codes.safetensors")
+        return None if saved is None else (saved[0], saved[1]["history"])
+
+    def save_codes(self, codes: Mapping[str, Tensor], history: list[dict[str, float]]) -> None:
+        _save(self.directory / "codes.safetensors", codes, {"history": history})
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= self.every
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+        _save(self.directory / "state.safetensors", tensors, {"step": step, "extra": dict(extra)})
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        saved = _load(self.directory / "state.safetensors")
+        if saved is None:
+            return None
+        tensors, header = saved
+        return header["step"], tensors, header["extra"]
+
+    def stop_requested(self) -> bool:
+        return self.asked_to_stop()
+
+    def stop(self, step: int, total: int) -> None:
+        raise Interrupted(f"stopped after step {step} of {total}; run the same command with --resume to continue")
+
+    def clear(self) -> None:
+        """The run is complete and its output in place."""
+        shutil.rmtree(self.directory, ignore_errors=True)

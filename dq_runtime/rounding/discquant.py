@@ -1,0 +1,170 @@
+"""DiscQuant (arXiv 2501.06417): round the whole model at once, guided by its output distribution.
+
+    w_hat(x) = scale * (lo - zero + x),   x in [0, 1]^n,   y = the x that gives the original weight
+
+    minimise  lambda <c*, x> + E_token KL(p_w || p_w_hat(x)),   c* = 1 - 2y,   by projected gradient, then round x.
+
+c* pulls x to a vertex: at a vertex x^2 = x, so <1 - 2y, x> = ||x - y||^2 + const. The gradient used is the one of the
+authors' released code, in which the KL part is scaled by rho / delta^2 (delta^2 = mean squared grid step) and clamped:
+
+    g = clamp(rho / delta^2 * dKL/dx, -clamp, clamp) + (1 - 2y)
+
+The clamp decides who may leave its nearest value: where |1 - 2y| > clamp the sign of g never changes. With clamp 0.5
+that is half of all weights, those farther than a quarter step from the middle of their interval.
+AdamW on x (weight decay 0.01 as released), linear warm-up, cosine decay, x clamped to [0, 1] after every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq_runtime.errors import SpecError
+from dq_runtime.rounding.base import Job, Needs, Relaxation, Rounded, Student, options_from
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters, defaults of the released code for 3 bits, group 64. ``steps`` 0: one pass over the windows.
+
+    ``start``: ``random`` (x uniform in [0, 1], as released) or ``original`` (x = y). ``batch``: windows per step.
+    """
+
+    steps: int = 0
+    batch: int = 1
+    lr: float = 0.1
+    clamp: float = 0.5
+    rho: float = 200.0
+    warmup: float = 0.125
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    start: str = "random"
+
+    def __post_init__(self) -> None:
+        positive = {"batch": self.batch, "lr": self.lr, "clamp": self.clamp, "rho": self.rho}
+        for name, value in positive.items():
+            if not value > 0:
+                raise SpecError(f"rounding 'discquant': {name} must be positive, got {value}")
+        for name, value in {"warmup": self.warmup, "beta1": self.beta1, "beta2": self.beta2}.items():
+            if not 0 <= value < 1:
+                raise SpecError(f"rounding 'discquant': {name} must be in [0, 1), got {value}")
+        if self.steps < 0 or self.weight_decay < 0:
+            raise SpecError("rounding 'discquant': steps and weight_decay cannot be negative")
+        if self.start not in ("random", "original"):
+            raise SpecError(f"rounding 'discquant': start must be 'random' or 'original', got {self.start!r}")
+
+
+class DiscQuant:
+    """All layers at once, by gradients through the running student."""
+
+    needs = Needs.WEIGHTS | Needs.STUDENT
+    between_neighbours = True
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.recipe = options_from(Recipe, "discquant", options)
+
+    def options(self) -> dict[str, Any]:
+        return asdict(self.recipe)
+
+    def round(self, job: Job) -> Rounded:
+        """Codes of every layer; bit-identical for a seed, a device and a thread count, interrupted or not."""
+        student = job.student
+        assert student is not None, "the pipeline builds the student that `needs` declares"
+        recipe = self.recipe
+        total = recipe.steps or max(1, student.windows // recipe.batch)
+        delta2 = sum(layer.mean_squared_step() for layer in student.layers.values()) / len(student.layers)
+        state = {name: _Moments(layer) for name, layer in student.layers.items()}
+        history: list[dict[str, float]] = []
+        first = 0
+        saved = job.store.load()
+        if saved is None:
+            self._start(student, job.seed)
+        else:
+            first, tensors, extra = saved
+            history = list(extra["history"])
+            _restore(student, state, tensors)
+
+        for step in range(first, total):
+            kl = 0.0
+            for i in range(recipe.batch):
+                loss = student.kl((step * recipe.batch + i) % student.windows)
+                (loss / recipe.batch).backward()  # type: ignore[no-untyped-call]
+                kl += loss.item() / recipe.batch
+            if not math.isfinite(kl):
+                raise SpecError(f"the KL became {kl} at step {step + 1}; use a smaller lr or float32 computation")
+            lr = self._lr(step, total)
+            undecided = 0
+            for name, layer in student.layers.items():
+                self._update(layer, state[name], lr, step + 1, delta2)
+                undecided += int(((layer.x > 0.01) & (layer.x < 0.99)).sum())
+            weights = sum(layer.x.numel() for layer in student.layers.values())
+            figures = {"step": step + 1, "kl": kl, "rounded": 1 - undecided / weights, "lr": lr}
+            history.append(figures)
+            job.monitor(step + 1, total, kl=kl, rounded=figures["rounded"])
+            stop = job.store.stop_requested()
+            if step + 1 < total and (stop or job.store.due()):
+                job.store.save(step + 1, _collect(student, state), {"history": history})
+            if stop and step + 1 < total:
+                job.store.stop(step + 1, total)
+        return Rounded({name: layer.codes() for name, layer in student.layers.items()}, history)
+
+    def _start(self, student: Student, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in student.layers.values():
+                if self.recipe.start == "random":
+                    x = torch.rand(layer.x.shape, generator=generator).to(layer.x.device)
+                else:
+                    x = layer.y
+                layer.x.copy_(x * layer.free)
+
+    def _lr(self, step: int, total: int) -> float:
+        warm = max(1, round(self.recipe.warmup * total))
+        if step < warm:
+            return self.recipe.lr * (step + 1) / warm
+        return self.recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+    @torch.no_grad()
+    def _update(self, layer: Relaxation, moments: _Moments, lr: float, step: int, delta2: float) -> None:
+        """One projected AdamW step on ``layer.x``; clears its gradient."""
+        recipe = self.recipe
+        g = layer.x.grad
+        assert g is not None
+        g.mul_(recipe.rho / delta2).clamp_(-recipe.clamp, recipe.clamp)
+        g.add_(1.0).sub_(layer.y, alpha=2.0).mul_(layer.free)
+        moments.m.lerp_(g, 1 - recipe.beta1)
+        moments.v.mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
+        denominator = torch.sqrt(moments.v, out=g).div_(math.sqrt(1 - recipe.beta2**step)).add_(1e-8)
+        layer.x.mul_(1 - lr * recipe.weight_decay)
+        layer.x.addcdiv_(moments.m, denominator, value=-lr / (1 - recipe.beta1**step))
+        layer.x.clamp_(0.0, 1.0)
+        layer.x.grad = None
+
+
+class _Moments:
+    """Adam's running mean and square of one layer's gradient, float32 [N, K]."""
+
+    def __init__(self, layer: Relaxation) -> None:
+        self.m = torch.zeros_like(layer.x, requires_grad=False)
+        self.v = torch.zeros_like(layer.x, requires_grad=False)
+
+
+def _collect(student: Student, state: Mapping[str, _Moments]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, layer in student.layers.items():
+        tensors |= {f"{name}.x": layer.x.detach(), f"{name}.m": state[name].m, f"{name}.v": state[name].v}
+    return tensors
+
+
+def _restore(student: Student, state: Mapping[str, _Moments], tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, layer in student.layers.items():
+            layer.x.copy_(tensors[f"{name}.x"])
+            state[name].m.copy_(tensors[f"{name}.m"])
+            state[name].v.copy_(tensors[f"{name}.v"])

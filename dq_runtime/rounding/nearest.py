@@ -1,0 +1,34 @@
+"""Round each weight to the nearest grid value (RTN): no data, no model, the baseline of everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dq_runtime.rounding.base import Job, Needs, Rounded, options_from
+
+
+@dataclass(frozen=True)
+class _Options:
+    pass
+
+
+class Nearest:
+    """code = round(w / scale + zero), ties to even, clipped to the grid."""
+
+    needs = Needs.WEIGHTS
+    between_neighbours = True
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        options_from(_Options, "nearest", options)
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def round(self, job: Job) -> Rounded:
+        codes = {}
+        for step, (name, layer) in enumerate(job.layers.items(), 1):
+            codes[name] = layer.grid.nearest(layer.weight(), layer.scales)
+            job.monitor(step, len(job.layers))
+        return Rounded(codes, [])

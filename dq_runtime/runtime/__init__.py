@@ -1,0 +1,1 @@
+"""Run a model: load it (dense or packed), feed it tokens, sample, stream text."""

@@ -1,0 +1,126 @@
+"""Load an unquantized causal LM: a Hugging Face directory, a hub name, or a GGUF file (dequantized by transformers)."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq_runtime.errors import DQError
+from dq_runtime.runtime.language_model import LanguageModel
+
+
+def load_dense(source: str, device: str = "cpu") -> LanguageModel:
+    """The model in float32, in eval mode, with its tokenizer (None if it has none)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    path = Path(source)
+    if path.suffix == ".gguf" or (path.is_file() and _magic(path) == b"GGUF"):
+        loaded = _load_gguf(path)
+    elif path.is_dir():
+        loaded = _load_directory(path)
+    elif path.exists():
+        raise DQError(f"{source} is a file but not a GGUF; give a model directory, a hub name or a .gguf file")
+    else:
+        loaded = _load_pretrained(source, {})
+    loaded.model.eval().to(device)
+    return loaded
+
+
+def _magic(path: Path) -> bytes:
+    with path.open("rb") as f:
+        return f.read(4)
+
+
+def _load_directory(path: Path) -> LanguageModel:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise DQError(f"{path} has no config.json; give the directory of a Hugging Face model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise DQError(f"{path / 'config.json'} is not valid JSON; restore it from the original model") from None
+    if "quantization_config" in config:
+        raise DQError(f"{path} is already quantized; give the original model")
+    return _load_pretrained(str(path), {})
+
+
+def _load_pretrained(source: str, kwargs: dict[str, Any]) -> LanguageModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
+    except Exception as e:  # transformers raises OSError, ValueError, KeyError, SafetensorError, struct.error, ...
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise DQError(f"{kwargs.get('gguf_file', source)} could not be loaded as a causal LM: {first}") from None
+    return LanguageModel(model, _load_tokenizer(source, kwargs), source)
+
+
+def _load_tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **kwargs)
+    except Exception:  # a model without tokenizer files is fine for token-id use; encode() says so when it is not
+        return None
+
+
+def _load_gguf(path: Path) -> LanguageModel:
+    if not path.is_file():
+        raise DQError(f"{path} does not exist")
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as e:
+        raise DQError(f"reading {path.name} needs the {e.name} package: pip install 'dq_runtime[gguf]'") from None
+    loaded = _load_pretrained(str(path.parent), {"gguf_file": path.name})
+    loaded.path = str(path)
+    # transformers marks the model as GGUF-quantized and then refuses to save it, although its weights are dense now.
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(loaded.model, name):
+            delattr(loaded.model, name)
+    loaded.model.is_quantized = False
+    if hasattr(loaded.model.config, "quantization_config"):
+        del loaded.model.config.quantization_config
+    if loaded.tokenizer is not None and _gguf_string(path, "tokenizer.ggml.pre") == "smollm":
+        _split_digits(loaded.tokenizer)
+    return loaded
+
+
+def _gguf_string(path: Path, name: str) -> str | None:
+    """A string value of a GGUF file's metadata, found in its first 64 KiB where the scalars lie."""
+    key = name.encode()
+    with path.open("rb") as f:
+        head = f.read(1 << 16)
+    at = head.find(struct.pack("<Q", len(key)) + key)
+    if at < 0:
+        return None
+    at += 8 + len(key)
+    kind, length = struct.unpack_from("<IQ", head, at)
+    return head[at + 12 : at + 12 + length].decode() if kind == 8 else None
+
+
+def licence_of(source: str) -> str | None:
+    """The licence a model states in its GGUF metadata or its model card, or None."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _gguf_string(path, "general.license")
+    card = path / "README.md"
+    if card.is_file():
+        found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        return found and found.group(1)
+    return None
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """SmolLM splits every digit; transformers 5 builds its GGUF tokenizer without that, so "   12" comes out wrong."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+    )

@@ -1,0 +1,86 @@
+"""Write a rounded model as a checkpoint directory that carries everything needed to use it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq_runtime.errors import SpecError
+from dq_runtime.modules.surgery import is_conv1d
+from dq_runtime.packing import PackedWeight
+from dq_runtime.packing.checkpoint import packed_tensors, write_json, write_weights
+from dq_runtime.packing.quant_config import scheme_of, to_config
+from dq_runtime.runtime.language_model import LanguageModel
+from dq_runtime.runtime.load import FOREIGN_PREFIX
+from dq_runtime.spec import GridSpec
+
+CARRIED = ("LICENSE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+
+
+def write_model(
+    directory: Path,
+    source: LanguageModel,
+    packed: Mapping[str, PackedWeight],
+    grids: Mapping[str, GridSpec],
+    dense_linears: list[str],
+    transposed: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Weights, config, tokenizer, chat template, generation config and licence files into ``directory``.
+
+    ``source.model`` still holds the unquantized tensors; those of the packed layers are skipped. ``dtype`` is the
+    serving dtype of everything unquantized. ``transposed``: some packed layer is a Conv1D, which compressed-tensors
+    readers would leave randomly initialised, so the model type is renamed to make them fail instead.
+    """
+    model = source.model
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "quantization_config", "torch_dtype"):
+        config.pop(key, None)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    schemes = {name: scheme_of(grid) for name, grid in grids.items()}
+    config["quantization_config"] = to_config(schemes, dense_linears, standard=not transposed)
+    if transposed:
+        config["model_type"] = FOREIGN_PREFIX + config["model_type"]
+    write_json(directory / "config.json", config)
+
+    tensors: dict[str, Tensor] = {}
+    for name, weight in packed.items():
+        tensors |= packed_tensors(name, weight)
+    for name, tensor in _dense_tensors(model, packed).items():
+        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+            raise SpecError(f"{name} does not fit in {config['dtype']}; use scale dtype bfloat16")
+        tensors[name] = stored
+    write_weights(directory, tensors)
+
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    origin = Path(source.path)
+    for pattern in CARRIED if origin.is_dir() else ():
+        for file in origin.glob(pattern):
+            shutil.copy(file, directory / file.name)
+
+
+def _dense_tensors(model: Any, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
+    """The unquantized tensors by name, without those tied to another one; biases of packed layers included."""
+    tied = set(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else set()
+    found = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if name not in tied and (owner not in packed or leaf == "bias"):
+            found[name] = tensor
+    return found
+
+
+def any_transposed(modules: Mapping[str, Any]) -> bool:
+    """Whether one of these linears is a Conv1D."""
+    return any(is_conv1d(m) for m in modules.values())

@@ -1,0 +1,152 @@
+"""What to quantize and how: frozen, comparable, round-trips through JSON, refuses unknown keys."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from dq_runtime.errors import SpecError
+
+PER_ROW = -1
+GROUP_SIZES = (16, 32, 64, 128, PER_ROW)
+SCALE_RULES = ("absmax", "mse")
+SCALE_DTYPES = ("bfloat16", "float16")
+
+
+def _checked(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise SpecError(f"{cls.__name__}: expected a JSON object, got {type(data).__name__}")
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise SpecError(f"{cls.__name__}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return dict(data)
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """Which values a weight may take.
+
+    ``group_size`` weights along in_features share a scale (-1: a whole row does). ``scale_dtype`` is the dtype
+    the scales are stored and served in, so the grid is fitted with scales already rounded to it.
+    """
+
+    name: str = "int"
+    bits: int = 3
+    group_size: int = 64
+    symmetric: bool = True
+    scale: str = "absmax"
+    scale_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise SpecError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
+        if self.group_size not in GROUP_SIZES:
+            raise SpecError(f"group_size must be 16, 32, 64, 128 or -1 (per row), got {self.group_size!r}")
+        if not isinstance(self.symmetric, bool):
+            raise SpecError(f"symmetric must be true or false, got {self.symmetric!r}")
+        if self.scale not in SCALE_RULES:
+            raise SpecError(f"scale must be one of {', '.join(SCALE_RULES)}, got {self.scale!r}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise SpecError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
+
+    def groups(self, k: int) -> int:
+        """Number of scales per row of K = ``k`` weights; raises where the last group would be ragged."""
+        if self.group_size == PER_ROW:
+            return 1
+        if k % self.group_size:
+            fits = [str(g) for g in GROUP_SIZES if g > 0 and k % g == 0]
+            raise SpecError(
+                f"in_features {k} is not a multiple of group size {self.group_size}, and the pack-quantized format "
+                f"has no ragged last group; use group size {' or '.join([*fits, 'row'])} there"
+            )
+        return k // self.group_size
+
+
+@dataclass(frozen=True)
+class RoundingSpec:
+    """Which grid value each weight gets: a method's name and its options (checked by the method itself)."""
+
+    name: str = "discquant"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", dict(self.options))
+
+
+@dataclass(frozen=True)
+class Override:
+    """A different bit width (0: leave dense) or group size for the layers whose name matches ``pattern`` (fnmatch)."""
+
+    pattern: str
+    bits: int
+    group_size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Override:
+        """``'model.layers.0.*=8'``, ``'*.down_proj=4:32'``, ``'*.o_proj=3:row'``, ``'*.gate=dense'``."""
+        pattern, sep, value = text.rpartition("=")
+        bits, _, group = value.partition(":")
+        try:
+            if not sep or not pattern:
+                raise ValueError
+            if bits == "dense" and not group:
+                return cls(pattern, 0)
+            return cls(pattern, int(bits), None if not group else PER_ROW if group == "row" else int(group))
+        except ValueError:
+            raise SpecError(
+                f"override {text!r} is not PATTERN=BITS[:GROUP]; write for example 'model.layers.0.*=8', "
+                "'*.down_proj=4:32', '*.down_proj=3:row' or '*.gate=dense'"
+            ) from None
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The whole request: grid x transform x rounding, with exceptions by layer name. Frozen; JSON round trip."""
+
+    grid: GridSpec = field(default_factory=GridSpec)
+    transform: str = "identity"
+    rounding: RoundingSpec = field(default_factory=RoundingSpec)
+    ignore: tuple[str, ...] = ("lm_head",)
+    overrides: tuple[Override, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise SpecError(f"seed must be a non-negative integer, got {self.seed!r}")
+        for override in self.overrides:
+            self._apply(override)  # bad bits or group sizes are refused here, not hours later
+
+    def _apply(self, override: Override) -> GridSpec | None:
+        if override.bits == 0:
+            return None
+        group = self.grid.group_size if override.group_size is None else override.group_size
+        return replace(self.grid, bits=override.bits, group_size=group)
+
+    def grid_for(self, layer: str) -> GridSpec | None:
+        """The grid of one layer, or None where it stays dense. The last matching override wins."""
+        if any(fnmatch.fnmatchcase(layer, p) for p in self.ignore):
+            return None
+        grid: GridSpec | None = self.grid
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(layer, override.pattern):
+                grid = self._apply(override)
+        return grid
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> QuantSpec:
+        d = _checked(cls, data)
+        if "grid" in d:
+            d["grid"] = GridSpec(**_checked(GridSpec, d["grid"]))
+        if "rounding" in d:
+            d["rounding"] = RoundingSpec(**_checked(RoundingSpec, d["rounding"]))
+        if "overrides" in d:
+            d["overrides"] = tuple(Override(**_checked(Override, o)) for o in d["overrides"])
+        return cls(**d)

@@ -70,8 +70,6 @@ class NativeBuild(build_ext):
 
     def run(self) -> None:
         summary()
-        if not self.extensions:
-            say("C++: skipped (DQ_NATIVE=0): the native CPU backend will be absent")
         super().run()
 
     def build_extensions(self) -> None:
@@ -149,9 +147,14 @@ class NativeBuild(build_ext):
         )
 
 
+SKIP = os.environ.get("DQ_NATIVE") == "0"
+if SKIP:  # said here, because setuptools does not run build_ext for a package without extensions
+    summary()
+    say("C++: skipped (DQ_NATIVE=0): the native CPU backend will be absent")
+
 setup(
     ext_modules=[]
-    if os.environ.get("DQ_NATIVE") == "0"
+    if SKIP
     else [Extension("dq_runtime._native", [*SHARED_SOURCES, *(v.source for v in VARIANTS)], depends=HEADERS)],
     cmdclass={"build_ext": NativeBuild},
 )

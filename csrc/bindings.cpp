@@ -1,6 +1,6 @@
 // dq_runtime._native: the kernels under csrc/ as plain Python functions. No torch header: tensors arrive as addresses
-// (Tensor.data_ptr()), and the caller, dq_runtime/backends/cpu_native.py, vouches for dtypes, shapes and contiguity. What
-// can be checked without them is checked here.
+// (Tensor.data_ptr()), and the caller, dq_runtime/backends/cpu_native.py, vouches for dtypes, shapes and contiguity.
+// What can be checked without them is checked here.
 
 #include <pybind11/pybind11.h>
 

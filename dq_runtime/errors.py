@@ -21,5 +21,5 @@ class BackendError(DQError):
     """No backend (or not the one asked for) can run this call; the message prints the whole call."""
 
 
-class Interrupted(DQError):
+class Interrupted(DQError):  # noqa: N818 (not an error of anybody's)
     """The run was stopped by the user after saving its state; ``--resume`` continues it."""

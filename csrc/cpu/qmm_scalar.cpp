@@ -63,7 +63,8 @@ void decode(const Weight& w, int64_t row, int64_t k0, int64_t count, float* __re
     }
 }
 
-// sums[j] += w[i] * x[i] over i % kLanes == j.
+// sums[j] += w[i] * x[i] over i % kLanes == j. Two rows of x at once would share the load of w, but g++ 12 makes slower
+// code of it: 550 us instead of 456 for M=2, N=1536, K=576.
 void dot_add(const float* __restrict w, const float* __restrict x, int64_t count, float* __restrict sums) {
     float lane[kLanes];
     for (int j = 0; j < kLanes; ++j) lane[j] = sums[j];

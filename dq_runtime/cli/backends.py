@@ -17,7 +17,7 @@ DQ_BACKEND=reference dq generate out "hi"
 
 
 def backends(as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False) -> None:
-    """List every backend in order of preference: its operations, and whether it is available or the reason it is not."""
+    """List every backend in order of preference: its operations, and that it is available or why it is not."""
     from dq_runtime.backends.dispatch import describe
 
     rows = describe()

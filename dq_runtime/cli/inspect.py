@@ -21,7 +21,7 @@ def describe(path: str) -> dict[str, Any]:
     from dq_runtime.packing.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
-    layers = []
+    layers: list[dict[str, Any]] = []
     for name, w in checkpoint.packed():
         layers.append(
             {
@@ -37,7 +37,7 @@ def describe(path: str) -> dict[str, Any]:
         )
     weights = sum(row["out_features"] * row["in_features"] for row in layers)
     packed_bytes = sum(row["bytes"] for row in layers)
-    dense = {name: tensor for name, tensor in checkpoint.read(list(checkpoint.dense))}
+    dense = dict(checkpoint.read(list(checkpoint.dense)))
     return {
         "path": str(checkpoint.path),
         "model_type": checkpoint.config.get("model_type"),

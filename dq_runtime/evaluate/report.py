@@ -107,7 +107,8 @@ def _html(report: Report, png: bytes) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse;margin:1rem 0}}th,td{{padding:.3rem .8rem;border-bottom:1px solid #ccc;text-align:right}}
+table{{border-collapse:collapse;margin:1rem 0}}
+th,td{{padding:.3rem .8rem;border-bottom:1px solid #ccc;text-align:right}}
 th[scope=row]{{text-align:left}}img{{max-width:100%}}</style></head><body>
 <h1>{title}</h1><p>{facts}</p>
 <table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>
@@ -139,8 +140,8 @@ def model_card(report: Report, licence: str | None) -> str:
             f"# {report['model']}, {report['bits_per_weight']:.2f} bits per weight",
             "",
             f"Rounded by `{spec['rounding']['name']}` onto the {spec['grid']['bits']}-bit block-scaled integer grid "
-            f"(group size {spec['grid']['group_size']}) by dq_runtime {report['versions']['dq_runtime']}. The format is "
-            "compressed-tensors `pack-quantized`.",
+            f"(group size {spec['grid']['group_size']}) by dq_runtime {report['versions']['dq_runtime']}. "
+            "The format is compressed-tensors `pack-quantized`.",
             "",
             f"Measured on {report['held_out']['windows']} held-out windows of {report['held_out']['window_length']} "
             f"tokens ({report['held_out']['source']}), in nats per token against the unquantized model:",

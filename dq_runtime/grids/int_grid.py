@@ -64,10 +64,7 @@ class IntGrid:
         return ((codes.float() - z) * s).to(dtype)
 
     def _scales(self, low: Tensor, high: Tensor) -> Scales:
-        if self.spec.symmetric:
-            span = 2 * torch.maximum(-low, high)
-        else:
-            span = high - low
+        span = 2 * torch.maximum(-low, high) if self.spec.symmetric else high - low
         exact = span / self.top
         finfo = torch.finfo(self.scale_dtype)
         if exact.max() > finfo.max:

@@ -1,4 +1,4 @@
-"""The torch operator ``dq_runtime::qmm``: schema, fake implementation and gradient to the input, once for all backends."""
+"""The torch operator ``dq_runtime::qmm``: schema, fake, gradient to the input; one definition for all backends."""
 
 from __future__ import annotations
 
@@ -45,4 +45,5 @@ _qmm.register_autograd(_backward, setup_context=_setup)
 
 def qmm(x: Tensor, w: PackedWeight) -> Tensor:
     """x [..., K] @ decode(w).T -> [..., N]; differentiable in x; traceable by torch.compile."""
-    return _qmm(x, w.packed, w.scale, w.zero, w.bits, w.k)
+    y: Tensor = _qmm(x, w.packed, w.scale, w.zero, w.bits, w.k)
+    return y

@@ -11,12 +11,13 @@ from dq_runtime.transforms import Transform
 
 class QuantLinear(nn.Module):
     """y = x @ decode(weight).T + bias. ``weight_packed`` int32 [N, ceil(K*bits/32)], ``weight_scale`` fp16/bf16 [N, G],
-    ``weight_zero`` uint8 [N, G] or None, ``bias`` [N] or None. Buffers, so a dtype cast of the model cannot touch codes.
+    ``weight_zero`` uint8 [N, G] or None, ``bias`` [N] or None. Integer buffers, so a dtype cast cannot touch codes.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, w: PackedWeight, bias: Tensor | None, transform: Transform) -> None:
         super().__init__()

@@ -76,6 +76,7 @@ class StudentLinear(nn.Module):
     free: Tensor
     scale: Tensor
     zero: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, w: Tensor, bias: Tensor | None, grid: Grid, transform: Transform) -> None:
         super().__init__()

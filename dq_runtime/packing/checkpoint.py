@@ -1,8 +1,8 @@
 """The checkpoint on disk: a standard compressed-tensors ``pack-quantized`` directory.
 
-Per quantized linear: ``weight_packed`` int32 [N, ceil(K*b/32)], ``weight_scale`` [N, G], ``weight_shape`` int64 [2], and
-for asymmetric grids ``weight_zero_point`` int32 [ceil(N*b/32), G] packed along out_features. ``SHA256SUMS`` (checkable
-with ``sha256sum -c``) covers every file, so that a flipped bit is found before it becomes text.
+Per quantized linear: ``weight_packed`` int32 [N, ceil(K*b/32)], ``weight_scale`` [N, G], ``weight_shape`` int64 [2],
+and for asymmetric grids ``weight_zero_point`` int32 [ceil(N*b/32), G] packed along out_features. ``SHA256SUMS``
+(checkable with ``sha256sum -c``) covers every file, so that a flipped bit is found before it becomes text.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _verify_sums(directory: Path) -> None:
-    """Where SHA256SUMS exists, what it lists and the loader reads must match. Hashing costs about 0.6 s per GB."""
+    """Where SHA256SUMS exists, what it lists must match, but for the papers. Hashing costs about 0.6 s per GB."""
     sums = directory / SUMS
     if not sums.exists():
         return
@@ -166,12 +166,15 @@ def _verify_sums(directory: Path) -> None:
         file = directory / name
         if len(digest) != 64 or not name or "/" in name:
             raise CheckpointError(f"{sums} is damaged; restore it, or delete it to load without integrity checks")
-        if not name.endswith((".safetensors", ".index.json")) and name not in ("config.json", "tokenizer.json"):
+        if name.startswith(("README", "report.", "LICENSE", "NOTICE")):
             continue
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, although {SUMS} lists it; copy the checkpoint again")
         if _sha256(file) != digest:
-            raise CheckpointError(f"{file} is damaged: it does not match {SUMS}; copy the checkpoint again")
+            raise CheckpointError(
+                f"{file} does not match {SUMS}: it is damaged, or was edited; copy the checkpoint again, or delete its "
+                f"line from {SUMS} if you meant to change it"
+            )
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -192,7 +195,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             raise CheckpointError(f"{directory} has no {shard}; it is not a complete checkpoint")
         try:
             with safe_open(file, framework="pt") as f:
-                found |= {name: file for name in f.keys()}  # noqa: SIM118 (safe_open is not a dict)
+                found |= dict.fromkeys(f.keys(), file)
         except SafetensorError as e:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({e})") from None
     if weight_map is not None and set(weight_map) != set(found):

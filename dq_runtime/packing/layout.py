@@ -1,7 +1,7 @@
 """The canonical bit order, which is that of compressed-tensors >= 0.18 ``pack-quantized``.
 
-A row of K codes of b bits is one dense little-endian bitstream: code k occupies bits k*b .. k*b+b-1 of the row, bit i of
-the row is bit i % 32 of int32 word i // 32, and the last word is padded with zeros. 3 bits therefore cost 3 bits.
+A row of K codes of b bits is one dense little-endian bitstream: code k occupies bits k*b .. k*b+b-1 of the row, bit i
+of the row is bit i % 32 of int32 word i // 32, and the last word is padded with zeros. 3 bits therefore cost 3 bits.
 Asymmetric zero points are packed the same way, but along out_features.
 """
 

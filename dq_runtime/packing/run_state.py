@@ -59,10 +59,10 @@ class RunState:
             raise SpecError(
                 f"{self.directory} holds an unfinished run; add --resume to continue it, or delete it to start again"
             )
-        self.directory.mkdir(parents=True, exist_ok=True)
 
     def claim(self, request: Mapping[str, Any]) -> None:
         """Write down what is being made, or refuse to continue a state that was made for something else."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         file = self.directory / "request.json"
         wanted = json.loads(json.dumps(request))
         if not file.exists():
@@ -85,6 +85,7 @@ class RunState:
         return None if saved is None else saved[0]["tokens"]
 
     def save_windows(self, name: str, tokens: Tensor) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
         _save(self.directory / f"{name}.safetensors", {"tokens": tokens}, {})
 
     def codes(self) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:
@@ -114,6 +115,11 @@ class RunState:
 
     def stop(self, step: int, total: int) -> None:
         raise Interrupted(f"stopped after step {step} of {total}; run the same command with --resume to continue")
+
+    def discard_unless_resumable(self) -> None:
+        """After a failure: keep the directory only if it holds work that a resumed run would save."""
+        if not any((self.directory / f).exists() for f in ("state.safetensors", "codes.safetensors")):
+            self.clear()
 
     def clear(self) -> None:
         """The run is complete and its output in place."""

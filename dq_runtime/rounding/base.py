@@ -28,8 +28,11 @@ class Needs(Flag):
 class LayerProblem(Protocol):
     """One linear layer to round."""
 
-    grid: Grid
-    scales: Scales
+    @property
+    def grid(self) -> Grid: ...
+
+    @property
+    def scales(self) -> Scales: ...
 
     def weight(self) -> Tensor:
         """The (transformed) weight, float32 [N, K]."""
@@ -42,7 +45,11 @@ class Relaxation(Protocol):
     lo: Tensor  # uint8, the code below
     y: Tensor  # float32, where the original weight lies above lo (outside [0, 1) where the grid is exceeded)
     free: Tensor  # bool, False where both neighbours are the same code
-    x: Tensor  # float32 leaf with requires_grad, kept in [0, 1] and at 0 where not free
+
+    @property
+    def x(self) -> Tensor:
+        """float32 leaf with requires_grad, kept in [0, 1], and at 0 where not free."""
+        ...
 
     def mean_squared_step(self) -> float:
         """Mean of scale^2 over the weights: delta^2 of the DiscQuant objective."""
@@ -56,8 +63,10 @@ class Relaxation(Protocol):
 class Student(Protocol):
     """The model being rounded: teacher and student are one set of stored weights."""
 
-    layers: Mapping[str, Relaxation]
     windows: int
+
+    @property
+    def layers(self) -> Mapping[str, Relaxation]: ...
 
     def kl(self, window: int) -> Tensor:
         """Mean KL(teacher || student) in nats per token on one calibration window; a scalar whose backward()
@@ -139,7 +148,7 @@ def options_from(cls: type[T], method: str, options: Mapping[str, Any]) -> T:
     for key, value in options.items():
         if key not in known:
             raise SpecError(f"rounding {method!r} has no option {key!r}; known: {', '.join(known) or 'none'}")
-        kind = type(known[key].default)
+        kind: Any = type(known[key].default)
         try:
             if kind is bool and isinstance(value, str):
                 values[key] = {"true": True, "false": False}[value.lower()]

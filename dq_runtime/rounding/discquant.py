@@ -156,7 +156,7 @@ class _Moments:
 
 
 def _collect(student: Student, state: Mapping[str, _Moments]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in student.layers.items():
         tensors |= {f"{name}.x": layer.x.detach(), f"{name}.m": state[name].m, f"{name}.v": state[name].v}
     return tensors

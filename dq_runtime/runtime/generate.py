@@ -148,7 +148,7 @@ def stream(
     elif prompt and isinstance(prompt[0], dict):
         ids = model.encode_chat(list(prompt))  # type: ignore[arg-type]
     else:
-        ids = [int(i) for i in prompt]  # type: ignore[call-overload]
+        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
     if not ids:
         raise SpecError("the prompt is empty; give at least one token")
     if max_tokens < 1:
@@ -178,8 +178,8 @@ def generate(
 ) -> Generation:
     """Generate from ``model`` (loaded, or the path of a packed checkpoint).
 
-    ``prompt``: text, token ids, or chat messages ``[{"role": ..., "content": ...}]``; ``chat`` wraps a text prompt in the
-    model's chat template. ``stop`` strings end the text and are not part of it. ``on_text`` receives the text as it
+    ``prompt``: text, token ids, or chat messages ``[{"role": ..., "content": ...}]``; ``chat`` wraps a text prompt in
+    the model's chat template. ``stop`` strings end the text and are not part of it. ``on_text`` receives the text as it
     comes. Greedy unless ``sampling`` says otherwise. At most ``max_tokens`` tokens, and never beyond the context.
     """
     running = stream(model, prompt, max_tokens=max_tokens, chat=chat, stop=stop, sampling=sampling)

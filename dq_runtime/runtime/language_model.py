@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ class LanguageModel:
     model: Any
     tokenizer: Any
     path: str
+
+    def __post_init__(self) -> None:
+        # Logits of the whole prompt would cost more than the prompt itself; almost every architecture can skip them.
+        takes = "logits_to_keep" in signature(self.model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if takes else {}
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +49,7 @@ class LanguageModel:
     @torch.inference_mode()
     def step(self, tokens: Tensor, cache: Any) -> Tensor:
         """Feed ids [B, T] after what ``cache`` holds; float32 logits [B, V] of the last position."""
-        out = self.model(input_ids=tokens.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=tokens.to(self.device), past_key_values=cache, use_cache=True, **self._last_only)
         logits: Tensor = out.logits[:, -1].float()
         return logits
 

@@ -52,6 +52,7 @@ def load(path: str | Path, device: str = "auto", dtype: torch.dtype | None = Non
         dtype = torch.float32 if device == "cpu" or not isinstance(serving, torch.dtype) else serving
     model = _skeleton(checkpoint)
     _fill(model, checkpoint, dtype)
+    _generation_config(model, checkpoint.path)
     model.eval().to(device)
     return LanguageModel(model, _tokenizer(checkpoint.path), str(checkpoint.path))
 
@@ -119,6 +120,18 @@ def _tied_names(model: Any) -> set[str]:
     if not model.config.get_text_config().tie_word_embeddings:
         return set()
     return set(model.all_tied_weights_keys)
+
+
+def _generation_config(model: Any, path: Path) -> None:
+    """End tokens beyond the config's own: chat models list several there."""
+    if not (path / "generation_config.json").exists():
+        return
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    except Exception as e:
+        raise CheckpointError(f"{path / 'generation_config.json'} could not be read: {e}") from None
 
 
 def _tokenizer(path: Path) -> Any:

@@ -54,7 +54,7 @@ class Sampler:
         """The next token id, from float32 logits [V] and the ids seen so far [T]."""
         s = self.sampling
         if s.repetition_penalty != 1.0 and seen.numel():
-            ids = seen.unique()
+            ids = torch.unique(seen)
             values = logits[ids]
             penalised = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
             logits = logits.index_copy(0, ids, penalised)

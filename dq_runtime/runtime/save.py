@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dq_runtime.errors import SpecError
 from dq_runtime.modules.surgery import is_conv1d
@@ -28,7 +28,6 @@ def write_model(
     source: LanguageModel,
     packed: Mapping[str, PackedWeight],
     grids: Mapping[str, GridSpec],
-    dense_linears: list[str],
     transposed: bool,
     dtype: torch.dtype,
 ) -> None:
@@ -44,6 +43,7 @@ def write_model(
         config.pop(key, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(dtype).removeprefix("torch.")
+    dense_linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     schemes = {name: scheme_of(grid) for name, grid in grids.items()}
     config["quantization_config"] = to_config(schemes, dense_linears, standard=not transposed)
     if transposed:

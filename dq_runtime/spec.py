@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from dq_runtime.errors import SpecError
@@ -22,6 +22,9 @@ def _checked(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(data) - known)
     if unknown:
         raise SpecError(f"{cls.__name__}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if absent := [name for name in required if name not in data]:
+        raise SpecError(f"{cls.__name__}: key {absent[0]!r} is missing")
     return dict(data)
 
 
@@ -43,7 +46,7 @@ class GridSpec:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise SpecError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
-        if self.group_size not in GROUP_SIZES:
+        if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
             raise SpecError(f"group_size must be 16, 32, 64, 128 or -1 (per row), got {self.group_size!r}")
         if not isinstance(self.symmetric, bool):
             raise SpecError(f"symmetric must be true or false, got {self.symmetric!r}")
@@ -73,6 +76,8 @@ class RoundingSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.options, Mapping):
+            raise SpecError(f"rounding options must be an object of names and values, got {self.options!r}")
         object.__setattr__(self, "options", dict(self.options))
 
 
@@ -88,13 +93,13 @@ class Override:
     def parse(cls, text: str) -> Override:
         """``'model.layers.0.*=8'``, ``'*.down_proj=4:32'``, ``'*.o_proj=3:row'``, ``'*.gate=dense'``."""
         pattern, sep, value = text.rpartition("=")
-        bits, _, group = value.partition(":")
+        bits, colon, group = value.partition(":")
         try:
-            if not sep or not pattern:
+            if not sep or not pattern or (colon and not group):
                 raise ValueError
-            if bits == "dense" and not group:
+            if bits == "dense" and not colon:
                 return cls(pattern, 0)
-            return cls(pattern, int(bits), None if not group else PER_ROW if group == "row" else int(group))
+            return cls(pattern, int(bits), None if not colon else PER_ROW if group == "row" else int(group))
         except ValueError:
             raise SpecError(
                 f"override {text!r} is not PATTERN=BITS[:GROUP]; write for example 'model.layers.0.*=8', "
@@ -114,6 +119,8 @@ class QuantSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
+            raise SpecError(f"ignore must be a list of patterns, got {self.ignore!r}")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "overrides", tuple(self.overrides))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -148,5 +155,7 @@ class QuantSpec:
         if "rounding" in d:
             d["rounding"] = RoundingSpec(**_checked(RoundingSpec, d["rounding"]))
         if "overrides" in d:
+            if not isinstance(d["overrides"], list | tuple):
+                raise SpecError(f"overrides must be a list, got {d['overrides']!r}")
             d["overrides"] = tuple(Override(**_checked(Override, o)) for o in d["overrides"])
         return cls(**d)

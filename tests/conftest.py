@@ -18,6 +18,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_configure() -> None:
+    # Two OpenMP threads on a busy two-core machine wait for each other: 799 tiny grid tests took 29 s instead of 3.7.
+    # Tests of threads, and of real models, ask for more themselves.
+    torch.set_num_threads(1)
+
+
 def seeded_documents(count: int = 90, seed: int = 0) -> list[str]:
     """Short English documents from a small grammar: varied enough that no window repeats another."""
     choose = random.Random(seed)
@@ -91,7 +97,7 @@ def build_tiny_model(directory: Path, seed: int = 0, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random float32 Llama: 2 layers, hidden 64, tied embeddings, context 256, tokenizer and template."""
+    """Directory of a random float32 Llama (2 layers, hidden 64, tied, context 256) with tokenizer and chat template."""
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 

@@ -25,7 +25,7 @@ def read_documents(source: str) -> list[str]:
         if not path.is_file():
             raise DataError(f"calibration source {source!r} is not a file; for a hub dataset write hf:NAME")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         except UnicodeDecodeError as e:
             raise DataError(f"{source}: byte {e.start} is not UTF-8 text; convert the file first") from None
         documents = _from_jsonl(text, source) if path.suffix == ".jsonl" else _from_text(text)
@@ -40,12 +40,12 @@ def _from_text(text: str) -> list[str]:
         return text.split(SEPARATOR)
     if re.search(r"\n\s*\n", text):
         return re.split(r"\n\s*\n", text)
-    return text.splitlines()
+    return text.split("\n")  # str.splitlines would also split at form feeds and Unicode separators
 
 
 def _from_jsonl(text: str, source: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 is a legal character inside a JSON string
         if not line.strip():
             continue
         try:
@@ -54,7 +54,8 @@ def _from_jsonl(text: str, source: str) -> list[str]:
             value = None
         if not isinstance(value, str):
             raise DataError(f'{source}, line {number}: expected a JSON object with a string field "text"')
-        documents.append(value)
+        # Half of a surrogate pair (a "\\ud83d" cut off by a crawler) is legal JSON, but no tokenizer can encode it.
+        documents.append(value.encode("utf-8", "replace").decode("utf-8"))
     return documents
 
 

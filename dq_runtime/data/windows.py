@@ -30,13 +30,15 @@ class Windows:
     source: str
 
     def fingerprint(self) -> str:
-        """sha256 of the ids: two runs on the same windows agree on it."""
-        return hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest()
+        """sha256 of shape and ids: two runs on the same windows agree on it."""
+        shape = str(list(self.tokens.shape)).encode()
+        return hashlib.sha256(shape + self.tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def split_documents(documents: Sequence[str], seed: int, share: float = 0.1) -> tuple[list[str], list[str]]:
     """(calibration, held-out): a seeded choice of contiguous runs of documents is held out, about ``share`` of the
-    characters. Runs, because neighbouring documents of one file are often pieces of one article."""
+    characters. Runs, because neighbouring documents of one file are often pieces of one article. A document that occurs
+    on both sides is dropped from calibration."""
     run = max(1, len(documents) // 50)
     runs = [list(documents[i : i + run]) for i in range(0, len(documents), run)]
     if len(runs) < 2:
@@ -46,7 +48,11 @@ def split_documents(documents: Sequence[str], seed: int, share: float = 0.1) -> 
     held: list[str] = []
     while len(runs) > 1 and sum(len(d) for d in held) < wanted:
         held += runs.pop()
-    return [d for r in runs for d in r], held
+    kept = set(held)
+    train = [d for r in runs for d in r if d not in kept]
+    if not train:
+        raise DataError("the documents repeat each other and cannot be split for calibration; give a held-out file too")
+    return train, held
 
 
 def pack_windows(
@@ -62,8 +68,10 @@ def pack_windows(
             break
         ids += tokenizer.encode(document, add_special_tokens=False) + end
     if len(ids) < count * length:
+        possible = len(ids) // length
+        instead = f"at most {possible} windows" if possible else "shorter windows"
         raise DataError(
             f"{source} gives {len(ids)} tokens, fewer than {count} windows of {length}; "
-            f"give more text or ask for at most {len(ids) // length} windows"
+            f"give more text or ask for {instead}"
         )
     return Windows(torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length), source)

@@ -36,6 +36,12 @@ class IntGrid:
         groups = w.float().reshape(w.shape[0], self.spec.groups(w.shape[1]), -1)
         low = groups.amin(-1).clamp(max=0)
         high = groups.amax(-1).clamp(min=0)
+        largest, limit = float(self._span(low, high).max()), torch.finfo(self.scale_dtype).max
+        if largest / self.top > limit:
+            raise SpecError(
+                f"a weight of magnitude {largest / 2:.3g} needs a scale that {self.spec.scale_dtype} cannot hold; "
+                "use scale_dtype bfloat16"
+            )
         best = self._scales(low, high)
         if self.spec.scale == "mse":
             best_error = self._squared_error(groups, best)
@@ -63,17 +69,16 @@ class IntGrid:
         s, z = self._expand(scales, codes.shape[1])
         return ((codes.float() - z) * s).to(dtype)
 
+    def _span(self, low: Tensor, high: Tensor) -> Tensor:
+        return 2 * torch.maximum(-low, high) if self.spec.symmetric else high - low
+
     def _scales(self, low: Tensor, high: Tensor) -> Scales:
-        span = 2 * torch.maximum(-low, high) if self.spec.symmetric else high - low
-        exact = span / self.top
+        span = self._span(low, high)
         finfo = torch.finfo(self.scale_dtype)
-        if exact.max() > finfo.max:
-            raise SpecError(
-                f"a weight of magnitude {span.max() / 2:.3g} needs a scale that {self.spec.scale_dtype} cannot hold; "
-                "use scale_dtype bfloat16"
-            )
-        # A group of zeros gets scale 1 (its zero code decodes to exactly 0); a tiny one must not underflow to 0.
-        exact = torch.where(span == 0, torch.ones_like(exact), exact.clamp(min=finfo.tiny))
+        # A tiny group must not underflow to scale 0, nor a stretched one of the search overflow to infinity.
+        exact = (span / self.top).clamp(min=finfo.tiny, max=finfo.max)
+        # A group of zeros gets scale 1: its zero code decodes to exactly 0.
+        exact = torch.where(span == 0, torch.ones_like(exact), exact)
         scale = exact.to(self.scale_dtype)
         if self.spec.symmetric:
             return Scales(scale)

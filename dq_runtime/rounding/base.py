@@ -152,6 +152,8 @@ def options_from(cls: type[T], method: str, options: Mapping[str, Any]) -> T:
         try:
             if kind is bool and isinstance(value, str):
                 values[key] = {"true": True, "false": False}[value.lower()]
+            elif (kind is not bool and isinstance(value, bool)) or (kind is int and int(value) != float(value)):
+                raise TypeError  # True is not a rate, and 2.5 steps are not 2
             else:
                 values[key] = kind(value)
         except (ValueError, TypeError, KeyError):

@@ -49,12 +49,12 @@ class Recipe:
     def __post_init__(self) -> None:
         positive = {"batch": self.batch, "lr": self.lr, "clamp": self.clamp, "rho": self.rho}
         for name, value in positive.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise SpecError(f"rounding 'discquant': {name} must be positive, got {value}")
         for name, value in {"warmup": self.warmup, "beta1": self.beta1, "beta2": self.beta2}.items():
             if not 0 <= value < 1:
                 raise SpecError(f"rounding 'discquant': {name} must be in [0, 1), got {value}")
-        if self.steps < 0 or self.weight_decay < 0:
+        if self.steps < 0 or not self.weight_decay >= 0:  # not: NaN is refused too
             raise SpecError("rounding 'discquant': steps and weight_decay cannot be negative")
         if self.start not in ("random", "original"):
             raise SpecError(f"rounding 'discquant': start must be 'random' or 'original', got {self.start!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +29,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = (
-            (self.temperature >= 0, f"temperature must be 0 or more, got {self.temperature}"),
-            (self.top_k >= 0, f"top_k must be 0 (off) or more, got {self.top_k}"),
+            (0 <= self.temperature < math.inf, f"temperature must be 0 or more, got {self.temperature}"),
+            (isinstance(self.top_k, int) and self.top_k >= 0, f"top_k must be 0 (off) or more, got {self.top_k}"),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
             (0 <= self.min_p < 1, f"min_p must be in [0, 1), got {self.min_p}"),
-            (self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}"),
+            (
+                0 < self.repetition_penalty < math.inf,
+                f"repetition_penalty must be positive, got {self.repetition_penalty}",
+            ),
         )
         for holds, message in rules:
             if not holds:
@@ -66,7 +70,8 @@ class Sampler:
 
 def filtered_probabilities(logits: Tensor, s: Sampling) -> Tensor:
     """softmax(logits / temperature) with top-k, top-p and min-p applied in that order and renormalised, float32 [V]."""
-    logits = logits / s.temperature
+    # Relative to the best, so that a tiny temperature gives 0 and -inf instead of inf - inf.
+    logits = (logits - logits.max()) / max(s.temperature, 1e-8)
     if 0 < s.top_k < logits.numel():
         kth = logits.topk(s.top_k).values[-1]
         logits = logits.masked_fill(logits < kth, -torch.inf)

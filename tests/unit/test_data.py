@@ -184,7 +184,9 @@ def test_a_tokenizer_without_end_token_joins_documents_directly() -> None:
 @pytest.mark.parametrize(("count", "length"), [(3, 8), (1, 24), (24, 1)])
 def test_too_little_text_is_one_sentence_with_a_number_that_would_work(count: int, length: int) -> None:
     documents = ["abcdef", "ghijklmnop"]  # 18 tokens with the two end tokens
-    with pytest.raises(DataError, match=r"^tiny\.txt gives 18 tokens, fewer than \d+ windows of \d+; [^\n]*$") as caught:
+    with pytest.raises(
+        DataError, match=r"^tiny\.txt gives 18 tokens, fewer than \d+ windows of \d+; [^\n]*$"
+    ) as caught:
         pack_windows(documents, Letters(), count, length, 0, "tiny.txt")
     possible = 18 // length
     assert ("at most 0" in str(caught.value)) is False

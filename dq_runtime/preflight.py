@@ -27,14 +27,26 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise SpecError(f"{output} exists and is not a checkpoint; it will not be overwritten")
 
 
+def check_weights(model: Any) -> None:
+    """Refuse NaN and infinity anywhere in the model, quantized or not."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise DQError(f"{name} of the model holds NaN or infinity; the model is damaged")
+
+
 def plan(modules: Mapping[str, Any], spec: QuantSpec) -> dict[str, GridSpec]:
     """The grid of every layer that will be quantized; everything that can be refused is refused here."""
     if not modules:
         raise SpecError("the model has no linear layers to quantize")
     for override in spec.overrides:
-        if not any(fnmatchcase(name, override.pattern) for name in modules):
+        matched = [name for name in modules if fnmatchcase(name, override.pattern)]
+        if not matched:
             raise SpecError(
                 f"override pattern {override.pattern!r} matches no layer; the first layer is {next(iter(modules))}"
+            )
+        if override.bits and all(any(fnmatchcase(name, p) for p in spec.ignore) for name in matched):
+            raise SpecError(
+                f"override pattern {override.pattern!r} matches only {matched[0]}, which --ignore leaves dense"
             )
     plan = {}
     for name, module in modules.items():
@@ -46,8 +58,6 @@ def plan(modules: Mapping[str, Any], spec: QuantSpec) -> dict[str, GridSpec]:
             grid.groups(weight.shape[1])
         except SpecError as e:
             raise SpecError(f"{name}: {e} (--override '{name}=BITS:GROUP')") from None
-        if not bool(torch.isfinite(weight).all()):
-            raise DQError(f"{name}.weight of the model holds NaN or infinity; the model is damaged")
         plan[name] = grid
     if not plan:
         raise SpecError("no linear layer is left to quantize; check --ignore and --override")

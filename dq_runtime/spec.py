@@ -119,12 +119,13 @@ class QuantSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
-            raise SpecError(f"ignore must be a list of patterns, got {self.ignore!r}")
+        patterns: Any = self.ignore  # whatever came out of JSON; a bare string would be taken letter by letter
+        if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+            raise SpecError(f"ignore must be a list of patterns, got {patterns!r}")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "overrides", tuple(self.overrides))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise SpecError(f"seed must be a non-negative integer, got {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise SpecError(f"seed must be a non-negative integer below 2^63, got {self.seed!r}")
         for override in self.overrides:
             self._apply(override)  # bad bits or group sizes are refused here, not hours later
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
 from dq_runtime.errors import DQError, Interrupted
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its fork warning is noise in a one-shot command
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, wherever this version of typer keeps its copy of click
 
 app = typer.Typer(
     name="dq",
@@ -31,10 +34,16 @@ def _register() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run ``dq`` with ``arguments`` (default: the process's) and return the exit code."""
     _register_once()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, standalone_mode=True)
+        # Not standalone: its usage errors would be boxes of several lines instead of one sentence.
+        code = app(args=arguments or ["--help"], prog_name="dq", standalone_mode=False)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 1
+    except USAGE_ERROR as e:
+        path = e.ctx.command_path if e.ctx is not None else "dq"
+        print(f"dq: {' '.join(e.format_message().split()).rstrip('.')}; see {path} --help", file=sys.stderr)
+        return 2
     except Interrupted as e:
         print(f"dq: {e}", file=sys.stderr)
         return 130
@@ -42,12 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dq: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dq: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        code = 130
     except OSError as e:
         print(f"dq: {e.filename or 'input or output'}: {e.strerror or e}", file=sys.stderr)
         return 2
-    return 0
+    if code == 130:  # what typer makes of most KeyboardInterrupts
+        print("dq: interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
 
 
 def _register_once() -> None:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ def held_out_section(results: Mapping[str, Quality], source: str, windows: Seque
     section: Report = {"source": source, "windows": windows[0], "window_length": windows[1]}
     rounded = {name: quality for name, quality in results.items() if name != "reference"}
     section["kl"] = {name: quality.kl for name, quality in rounded.items()}
-    section["kl_stderr"] = {name: quality.kl_stderr for name, quality in rounded.items()}
+    # One window has no standard error, and JSON no NaN.
+    errors = {name: quality.kl_stderr for name, quality in rounded.items()}
+    section["kl_stderr"] = {name: None if math.isnan(error) else error for name, error in errors.items()}
     section["perplexity"] = {name: quality.perplexity for name, quality in results.items()}
     section["top1_agreement"] = {name: quality.agreement for name, quality in rounded.items()}
     return section
@@ -34,7 +37,8 @@ def table(report: Report) -> list[list[str]]:
         if name == "reference":
             kl, agreement, size, bpw = "0", "100%", report["reference_bytes"], report["reference_bits_per_weight"]
         else:
-            kl = f"{held['kl'][name]:.4f} ± {held['kl_stderr'][name]:.4f}"
+            error = held["kl_stderr"][name]
+            kl = f"{held['kl'][name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
             agreement = f"{held['top1_agreement'][name]:.1%}"
             size, bpw = report["size_bytes"], report["bits_per_weight"]
         rows.append([name, kl, f"{perplexity:.2f}", agreement, f"{size / 1e6:.1f} MB", f"{bpw:.2f}"])
@@ -68,7 +72,7 @@ def _plot(report: Report) -> bytes:
     loss.set(title="Relaxed KL on calibration windows", xlabel="step", ylabel="nats per token")
     decided.set(title="Weights decided (x within 0.01 of a grid value)", xlabel="step", ylabel="%")
     names = list(held["kl"])
-    quality.bar(names, [held["kl"][n] for n in names], yerr=[held["kl_stderr"][n] for n in names], capsize=4)
+    quality.bar(names, [held["kl"][n] for n in names], yerr=[held["kl_stderr"][n] or 0 for n in names], capsize=4)
     for i, name in enumerate(names):
         label = f"KL {held['kl'][name]:.3f}\nppl {held['perplexity'][name]:.1f}"
         quality.annotate(label, (i, held["kl"][name] / 2), ha="center", va="center", color="white")

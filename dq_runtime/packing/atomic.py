@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,18 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def unfinished_by(path: Path) -> int | None:
+    """The number of the process that is (or was, if it was killed) writing this directory of :func:`new_directory`."""
+    found = re.fullmatch(r"\..+\.tmp-(\d+)", path.resolve().name)
+    return None if found is None else int(found.group(1))
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of ``path``."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success it becomes ``path``, on failure nothing is left behind.
@@ -53,8 +67,12 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
                 raise DQError(f"{path} appeared while this run was writing; nothing was replaced")
             old = path.with_name(f".{path.name}.old-{os.getpid()}")
             path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(path)
         _fsync(path.parent)

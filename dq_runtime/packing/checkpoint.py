@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dq_runtime.errors import CheckpointError
+from dq_runtime.packing.atomic import unfinished_by
 from dq_runtime.packing.layout import PackedWeight, pack_codes, unpack_codes, words_per_row
 from dq_runtime.packing.quant_config import Scheme, from_config, match
 
@@ -118,10 +120,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Validate a directory (files, hashes, names, dtypes, shapes, bit widths) without loading a weight into a model."""
+    """Validate a directory: files, hashes, config, tensor names. Shapes, dtypes and values follow in :meth:`packed`."""
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give the output directory of dq quantize")
+    if unfinished_by(directory) not in (None, os.getpid()):
+        raise CheckpointError(f"{directory} is what a killed run left of its output; resume that run, or delete it")
     _verify_sums(directory)
     config = _read_json(directory / "config.json")
     schemes = from_config(config.get("quantization_config"), str(directory / "config.json"))
@@ -140,7 +144,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not layers:
         raise CheckpointError(f"{directory} holds no packed weights, although its config says it is quantized")
     checkpoint = Checkpoint(directory, config, layers, tuple(dense), files)
-    _verify_layouts(checkpoint)
+    _verify_names(checkpoint)
     return checkpoint
 
 
@@ -149,7 +153,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}; it is not a complete checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise CheckpointError(f"{path} is not valid JSON ({e}); the file is damaged") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -161,7 +165,7 @@ def _verify_sums(directory: Path) -> None:
     sums = directory / SUMS
     if not sums.exists():
         return
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines() or [""]:
         digest, _, name = line.partition("  ")
         file = directory / name
         if len(digest) != 64 or not name or "/" in name:
@@ -198,14 +202,15 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
                 found |= dict.fromkeys(f.keys(), file)
         except SafetensorError as e:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({e})") from None
-    if weight_map is not None and set(weight_map) != set(found):
-        odd = sorted(set(weight_map) ^ set(found))[0]
+    located = {name: file.name for name, file in found.items()}
+    if weight_map is not None and weight_map != located:
+        odd = min(weight_map.items() ^ located.items())[0]
         raise CheckpointError(f"{directory}: index and shards disagree about {odd}")
     return found
 
 
-def _verify_layouts(checkpoint: Checkpoint) -> None:
-    """Shapes and dtypes of every packed layer, from the headers alone."""
+def _verify_names(checkpoint: Checkpoint) -> None:
+    """Every packed layer has the tensors its scheme calls for, and no others."""
     for layer, scheme in checkpoint.layers.items():
         wanted = ["weight_packed", "weight_scale", "weight_shape"]
         wanted += [] if scheme.symmetric else ["weight_zero_point"]

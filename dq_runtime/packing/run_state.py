@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dq_runtime.errors import CheckpointError, Interrupted, SpecError
-from dq_runtime.packing.atomic import replace_file
+from dq_runtime.packing.atomic import remove_unfinished, replace_file
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -48,17 +48,22 @@ class RunState:
     """Implements the ``StateStore`` contract of rounding over a directory beside the output."""
 
     def __init__(self, output: Path, every: float) -> None:
+        self.output = output
         self.directory = output.with_name(output.name + ".partial")
         self.every = every
         self.asked_to_stop: Callable[[], bool] = lambda: False
         self._last = time.monotonic()
+        self._found = False
 
     def open(self, resume: bool) -> None:
         """Refuse an unfinished run that was not asked to be resumed; called before any work."""
-        if self.directory.exists() and not resume:
+        self._found = self.directory.exists()
+        if self._found and not resume:
             raise SpecError(
                 f"{self.directory} holds an unfinished run; add --resume to continue it, or delete it to start again"
             )
+        if resume:  # whoever was writing the output is gone; a killed process could not clean up after itself
+            remove_unfinished(self.output)
 
     def claim(self, request: Mapping[str, Any]) -> None:
         """Write down what is being made, or refuse to continue a state that was made for something else."""
@@ -69,8 +74,8 @@ class RunState:
             replace_file(file, lambda p: p.write_text(json.dumps(wanted, indent=2), encoding="utf-8"))
             return
         try:
-            previous = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+            previous = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
             raise CheckpointError(f"{file} is damaged; delete {self.directory} and start again") from None
         changed = [key for key in wanted if previous.get(key) != wanted[key]]
         if changed:
@@ -117,8 +122,10 @@ class RunState:
         raise Interrupted(f"stopped after step {step} of {total}; run the same command with --resume to continue")
 
     def discard_unless_resumable(self) -> None:
-        """After a failure: keep the directory only if it holds work that a resumed run would save."""
-        if not any((self.directory / f).exists() for f in ("state.safetensors", "codes.safetensors")):
+        """After a failure: keep what an earlier try left, and of this one what would save a resumed run work."""
+        if not self._found and not any(
+            (self.directory / f).exists() for f in ("state.safetensors", "codes.safetensors")
+        ):
             self.clear()
 
     def clear(self) -> None:

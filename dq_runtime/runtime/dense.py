@@ -27,8 +27,10 @@ def load_dense(source: str, device: str = "cpu") -> LanguageModel:
         loaded = _load_directory(path)
     elif path.exists():
         raise DQError(f"{source} is a file but not a GGUF; give a model directory, a hub name or a .gguf file")
-    else:
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith("."):
         loaded = _load_pretrained(source, {})
+    else:
+        raise DQError(f"{source} does not exist; give a model directory, a hub name or a .gguf file")
     loaded.model.eval().to(device)
     return loaded
 
@@ -54,10 +56,15 @@ def _load_pretrained(source: str, kwargs: dict[str, Any]) -> LanguageModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, SafetensorError, struct.error, ...
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise DQError(f"{kwargs.get('gguf_file', source)} could not be loaded as a causal LM: {first}") from None
+    if info["missing_keys"]:  # transformers would go on with random weights there
+        missing = min(info["missing_keys"])
+        raise DQError(f"{kwargs.get('gguf_file', source)} is incomplete: {missing} is missing from its weights")
     return LanguageModel(model, _load_tokenizer(source, kwargs), source)
 
 

@@ -69,6 +69,8 @@ class Stream:
         rest = text.flush()
         if rest:
             yield rest
+        if text.stopped:
+            finish = "stop"
         seconds = time.perf_counter() - prefilled
         self.result = Generation(
             text=text.text,
@@ -105,13 +107,13 @@ class _TextStream:
         return self._release(new)
 
     def flush(self) -> str:
-        """The text that was held back for a stop string that never came."""
+        """The text that was held back: an incomplete character, the beginning of a stop string that never came."""
         if self.stopped or self._model.tokenizer is None:
             return ""
-        tail = self._model.decode(self._pending)[len(self._context) :]
-        piece, self._held = self._held + tail, ""
-        self.text += piece
-        return piece
+        piece = self._release(self._model.decode(self._pending)[len(self._context) :])
+        rest, self._held = self._held, ""
+        self.text += rest
+        return piece + rest
 
     def _release(self, new: str) -> str:
         held = self._held + new
@@ -137,7 +139,7 @@ def stream(
     *,
     max_tokens: int = 256,
     chat: bool = False,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     sampling: Sampling | None = None,
 ) -> Stream:
     """Prepare a streamed generation; see :func:`generate` for the arguments."""
@@ -153,6 +155,7 @@ def stream(
         raise SpecError("the prompt is empty; give at least one token")
     if max_tokens < 1:
         raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
+    stop = [stop] if isinstance(stop, str) else list(stop)
     if any(not s for s in stop):
         raise SpecError("a stop string is empty; leave it out instead")
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
@@ -163,7 +166,7 @@ def stream(
         if len(ids) >= limit:
             raise SpecError(f"the prompt has {len(ids)} tokens, but the model's context is {limit}")
         max_tokens = limit - len(ids)
-    return Stream(model, ids, max_tokens, list(stop), sampling or Sampling())
+    return Stream(model, ids, max_tokens, stop, sampling or Sampling())
 
 
 def generate(
@@ -172,7 +175,7 @@ def generate(
     *,
     max_tokens: int = 256,
     chat: bool = False,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     sampling: Sampling | None = None,
     on_text: Callable[[str], object] | None = None,
 ) -> Generation:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dq_runtime.environment import resolve_device
 from dq_runtime.errors import CheckpointError
 from dq_runtime.modules.quant_linear import QuantLinear
 from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
@@ -44,8 +45,7 @@ def load(path: str | Path, device: str = "auto", dtype: torch.dtype | None = Non
     accumulate in float32 anyway), the checkpoint's own dtype on a GPU. Everything is validated before the model is
     built; a bad checkpoint raises :class:`CheckpointError`.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     checkpoint = open_checkpoint(path)
     serving = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), None)
     if dtype is None:
@@ -70,7 +70,8 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
         with _parameters_on_meta():
             return AutoModelForCausalLM.from_config(built)
     except Exception as e:  # transformers raises many types for a config it does not understand
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} does not describe a causal LM: {e}") from None
+        why = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{checkpoint.path / 'config.json'} does not describe a causal LM: {why}") from None
 
 
 def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -98,6 +99,10 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         if tensor.shape != wanted[name].shape:
             expected = list(wanted[name].shape)
             raise CheckpointError(f"{where}: {name} is {list(tensor.shape)}, but the model wants {expected}")
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise CheckpointError(f"{where}: {name} is {tensor.dtype}, but the model wants {wanted[name].dtype}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{where}: {name} holds NaN or infinity")
         dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     for name, weight in packed.items():

@@ -37,6 +37,7 @@ class Sampling:
                 0 < self.repetition_penalty < math.inf,
                 f"repetition_penalty must be positive, got {self.repetition_penalty}",
             ),
+            (self.seed is None or abs(self.seed) < 2**63, f"seed must be below 2^63, got {self.seed}"),
         )
         for holds, message in rules:
             if not holds:

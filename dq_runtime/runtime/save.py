@@ -61,7 +61,10 @@ def write_model(
     write_weights(directory, tensors)
 
     if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(directory)
+        try:
+            source.tokenizer.save_pretrained(directory)
+        except Exception as e:  # how the tokenizers library, written in Rust, reports a full disk
+            raise OSError(None, f"the tokenizer: {e}") from e
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
     origin = Path(source.path)

@@ -59,7 +59,7 @@ def test_zero_points_are_packed_along_out_features_like_theirs(bits: int, n: int
 
 
 def test_three_bit_codes_written_down_by_hand() -> None:
-    # Codes 0..7 from the lowest bit up: 000 001 010 011 100 101 110 111 -> 0b111_110_101_100_011_010_001_000 = 0xFAC688.
+    # Codes 0..7, the first in the lowest bits: 0b111_110_101_100_011_010_001_000 = 0xFAC688.
     # Eight codes are 24 bits, so the ninth (5 = 0b101) fills bits 24-26, and the tenth and eleventh (7, 6) bits 27-32:
     # the top bit of 6 = 0b110 crosses into bit 0 of the second word.
     codes = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 5, 7, 6]], dtype=torch.uint8)

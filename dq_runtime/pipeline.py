@@ -168,7 +168,6 @@ def _run(
     modules = linears(lm.model)
     grids = plan(modules, spec)
     check_disk(output, modules, grids, lm, Needs.STUDENT in request.rounding.needs)
-    reference = _reference_size(lm)
     train, held = _windows(lm, state, texts, request, listener)
     state.claim(
         {
@@ -196,11 +195,12 @@ def _run(
     with new_directory(output, request.overwrite) as directory:
         write_model(directory, lm, rounded, grids, transposed, getattr(torch, spec.grid.scale_dtype))
         results = _evaluate(student, nearest, request, directory, held, listener.stage("Evaluating"))
+        rows = _layer_rows(layers, rounded, nearest)
         report: Report = {
             "model": _display_name(lm, request.model),
             "spec": request.full_spec,
-            **_sizes(rounded, directory),
-            **reference,
+            **_sizes(lm, rounded, directory),
+            "moved_from_nearest": sum(r["moved"] * r["weights"] for r in rows) / sum(r["weights"] for r in rows),
             "calibration": {"source": train.source, "windows": request.counts[0], "window_length": request.length},
             "held_out": held_out_section(results, held.source, [request.counts[1], request.length]),
             "seconds": time.monotonic() - started,
@@ -212,7 +212,7 @@ def _run(
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": shlex.join(sys.argv),
             "history": history,
-            "layers": _layer_rows(layers, rounded, nearest),
+            "layers": rows,
         }
         write_report(report, directory)
         (directory / "README.md").write_text(model_card(report, licence_of(request.model)), encoding="utf-8")
@@ -319,12 +319,20 @@ def _evaluate(
     return compare(held.tokens, teacher, {"nearest": rounded_to_nearest, method: saved}, show)
 
 
-def _sizes(rounded: Mapping[str, PackedWeight], directory: Path) -> dict[str, Any]:
+def _sizes(lm: LanguageModel, rounded: Mapping[str, PackedWeight], directory: Path) -> dict[str, Any]:
+    """Bytes of the packed layers, of everything else, and of the same model with every tensor in 16 bits."""
     weights = sum(w.n * w.k for w in rounded.values())
+    packed = sum(w.nbytes for w in rounded.values())
+    size = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    # The layers were replaced by StudentLinears without parameters: what is counted here is the unquantized rest.
+    rest = sum(p.numel() for p in lm.model.parameters())
     return {
-        "bits_per_weight": 8 * sum(w.nbytes for w in rounded.values()) / weights,
+        "bits_per_weight": 8 * packed / weights,
         "quantized_weights": weights,
-        "size_bytes": sum(f.stat().st_size for f in directory.glob("*.safetensors")),
+        "unquantized_parameters": rest,
+        "packed_bytes": packed,
+        "size_bytes": size,
+        "reference_bytes": 2 * (weights + rest),
     }
 
 
@@ -342,6 +350,7 @@ def _layer_rows(
                 "name": name,
                 "out_features": chosen.n,
                 "in_features": chosen.k,
+                "weights": chosen.n * chosen.k,
                 "bits": chosen.bits,
                 "group_size": layer.grid.spec.group_size,
                 "bits_per_weight": 8 * chosen.nbytes / (chosen.n * chosen.k),
@@ -353,14 +362,7 @@ def _layer_rows(
     return rows
 
 
-def _reference_size(lm: LanguageModel) -> dict[str, Any]:
-    """Bytes and bits per weight of the model as it came: the GGUF file, the directory's weights, else float32."""
-    path = Path(lm.path)
-    files = [path] if path.is_file() else list(path.glob("*.safetensors")) if path.is_dir() else []
-    parameters = sum(p.numel() for p in lm.model.parameters())
-    size = sum(f.stat().st_size for f in files) or 4 * parameters
-    return {"reference_bytes": size, "reference_bits_per_weight": 8 * size / parameters}
-
-
 def _display_name(lm: LanguageModel, model: str) -> str:
-    return Path(lm.path).stem if Path(lm.path).is_file() else Path(model).resolve().name if Path(model).is_dir() else model
+    return (
+        Path(lm.path).stem if Path(lm.path).is_file() else Path(model).resolve().name if Path(model).is_dir() else model
+    )

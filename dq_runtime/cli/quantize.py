@@ -118,6 +118,11 @@ def quantize(
         shown.add_row(*row)
     console.print(shown)
     console.print(
+        f"{result['quantized_weights'] / 1e6:.1f} M weights packed in {result['packed_bytes'] / 1e6:.1f} MB, "
+        f"{result['moved_from_nearest']:.1%} of them not at the nearest value; "
+        f"{result['unquantized_parameters'] / 1e6:.1f} M parameters left in 16 bits."
+    )
+    console.print(
         f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB. "
         f"Checkpoint: {output}. Report: {(report or output) / 'report.html'}",
         soft_wrap=True,

@@ -165,20 +165,24 @@ def _verify_sums(directory: Path) -> None:
     sums = directory / SUMS
     if not sums.exists():
         return
+    unlisted = {f.name for f in directory.glob("*.safetensors")} | {"config.json"}
     for line in sums.read_text(encoding="utf-8", errors="replace").splitlines() or [""]:
         digest, _, name = line.partition("  ")
         file = directory / name
         if len(digest) != 64 or not name or "/" in name:
             raise CheckpointError(f"{sums} is damaged; restore it, or delete it to load without integrity checks")
+        unlisted.discard(name)
         if name.startswith(("README", "report.", "LICENSE", "NOTICE")):
             continue
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, although {SUMS} lists it; copy the checkpoint again")
         if _sha256(file) != digest:
             raise CheckpointError(
-                f"{file} does not match {SUMS}: it is damaged, or was edited; copy the checkpoint again, or delete its "
-                f"line from {SUMS} if you meant to change it"
+                f"{file} does not match {SUMS}: it is damaged, or was edited; copy the checkpoint again, or delete {SUMS} "
+                "if you meant to change it"
             )
+    if unlisted:
+        raise CheckpointError(f"{sums} does not list {min(unlisted)}: it was cut short; copy the checkpoint again")
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -70,3 +71,24 @@ def _help(main: object, command: str) -> str:
     with contextlib.redirect_stdout(out):
         main([command, "--help"])  # type: ignore[operator]
     return out.getvalue()
+
+
+def test_the_readme_table_is_the_committed_result() -> None:
+    from dq_runtime.evaluate.report import table
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for row in table(report):
+        assert "| " + " | ".join(row) + " |" in readme
+    kl = report["held_out"]["kl"]
+    assert f"{kl['discquant'] / kl['nearest']:.2f}x nearest's KL" in readme
+    assert f"only {report['moved_from_nearest']:.1%} of the weights" in readme
+    for name in ("device", "versions", "date", "command"):
+        assert report[name]
+
+
+def test_the_figure_of_self_sampled_calibration_is_the_committed_result() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "calibration_source.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for name in ("nearest", "real", "self_sampled"):
+        assert f"{result['kl'][name]:.3f}" in readme

@@ -178,8 +178,8 @@ def _verify_sums(directory: Path) -> None:
             raise CheckpointError(f"{file} is missing, although {SUMS} lists it; copy the checkpoint again")
         if _sha256(file) != digest:
             raise CheckpointError(
-                f"{file} does not match {SUMS}: it is damaged, or was edited; copy the checkpoint again, or delete {SUMS} "
-                "if you meant to change it"
+                f"{file} does not match {SUMS}: it is damaged, or was edited; copy the checkpoint again, or delete "
+                f"{SUMS} if you meant to change it"
             )
     if unlisted:
         raise CheckpointError(f"{sums} does not list {min(unlisted)}: it was cut short; copy the checkpoint again")

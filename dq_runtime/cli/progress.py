@@ -38,6 +38,7 @@ class Bars:
 
     def stage(self, title: str) -> Stage:
         task = self._progress.add_task(title, total=None, figures="")
+        said = 0  # tenths of the stage that a log file has been told of
         names = {"kl": "KL {:.3f}", "rounded": "{:.1%} decided"}
 
         def show(step: int, total: int, **figures: float) -> None:
@@ -45,14 +46,16 @@ class Bars:
             if figures:
                 parts.append(f"peak {peak_memory('cpu') / 1e9:.1f} GB")
             self._progress.update(task, completed=step, total=total, figures=", ".join(parts))
-            if self._plain:
+            nonlocal said
+            if self._plain and (step == total or (total >= 10 and step * 10 // total > said)):
+                said = step * 10 // total
                 self._line(title, step, total, parts)
 
         return show
 
     def _line(self, title: str, step: int, total: int, parts: list[str]) -> None:
         """In a log file, a line at every tenth of a stage instead of a bar."""
-        if step == total or (total >= 10 and step * 10 // total != (step - 1) * 10 // total and step):
-            remaining = self._progress.tasks[-1].time_remaining
-            eta = "" if remaining is None or step == total else f", {remaining:.0f} s left"
-            self._progress.console.print(f"{title}: {step}/{total} {', '.join(parts)}{eta}", highlight=False)
+        remaining = self._progress.tasks[-1].time_remaining
+        if remaining is not None and step < total:
+            parts = [*parts, f"{remaining:.0f} s left"]
+        self._progress.console.print(f"{title}: {', '.join([f'{step}/{total}', *parts])}", highlight=False)

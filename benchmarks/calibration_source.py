@@ -42,12 +42,13 @@ def main() -> None:
                 listener=bars,
             )
             shutil.rmtree(out.parent)
-            runs[name] = {k: v for k, v in report.items() if k not in ("layers", "history")}
+            runs[name] = {k: v for k, v in report.items() if k not in ("layers", "history", "command")}
+    arguments = [Path(a).name if Path(a).is_file() else a for a in sys.argv[1:]]  # names, not this machine's folders
     kl = {name: run["held_out"]["kl"]["discquant"] for name, run in runs.items()}
     result = {
         "question": "held-out KL of discquant calibrated on real text and on text sampled from the teacher",
         **{key: runs["real"][key] for key in ("device", "threads", "versions", "date")},
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["python", "benchmarks/calibration_source.py", *arguments]),
         "sha256": {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in (options.text, options.held_out)},
         "kl": {"nearest": runs["real"]["held_out"]["kl"]["nearest"], **kl},
         "ratio_self_sampled_over_real": kl["self_sampled"] / kl["real"],

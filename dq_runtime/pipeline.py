@@ -25,7 +25,7 @@ from dq_runtime.grids import GRIDS
 from dq_runtime.interrupt import interruptible
 from dq_runtime.modules.student import StudentModel, loop_dtype_of
 from dq_runtime.modules.student_linear import Mode, StudentLinear
-from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
+from dq_runtime.modules.surgery import bias_of, is_conv1d, linears, replace_module, weight_of
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.atomic import new_directory
 from dq_runtime.packing.checkpoint import write_sums
@@ -35,7 +35,7 @@ from dq_runtime.rounding import ROUNDINGS, Job, Needs, Rounding
 from dq_runtime.runtime.dense import licence_of, load_dense
 from dq_runtime.runtime.language_model import LanguageModel
 from dq_runtime.runtime.load import load
-from dq_runtime.runtime.save import any_transposed, write_model
+from dq_runtime.runtime.save import write_model
 from dq_runtime.runtime.self_text import sample_windows
 from dq_runtime.spec import GridSpec, QuantSpec
 from dq_runtime.transforms import TRANSFORMS
@@ -113,11 +113,10 @@ def quantize(
     started = time.monotonic()
     listener = listener or Silent()
     spec = spec or QuantSpec()
-    for name, value, least in (("windows", windows, 1), ("held_out_windows", held_out_windows, 1)):
-        if value < least:
-            raise SpecError(f"{name} must be at least {least}, got {value}")
-    if window_length < 2:
-        raise SpecError(f"window_length must be at least 2, got {window_length}")
+    least = {"windows": (windows, 1), "held_out_windows": (held_out_windows, 1), "window_length": (window_length, 2)}
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise SpecError(f"{name} must be at least {minimum}, got {value}")
     check_output(Path(output), overwrite)
     rounding: Rounding = ROUNDINGS.get(spec.rounding.name)(spec.rounding.options)
     TRANSFORMS.get(spec.transform)  # an unknown one is refused now
@@ -181,7 +180,7 @@ def _run(
     )
 
     layers = _students(lm, modules, grids, spec, listener)
-    transposed = any_transposed({name: modules[name] for name in grids})
+    transposed = any(is_conv1d(modules[name]) for name in grids)
     del modules
     student = StudentModel(lm.model, layers, train.tokens, request.dtype)
     nearest = _pack(
@@ -316,6 +315,7 @@ def _evaluate(
         return logits
 
     method = request.spec.rounding.name
+    # When the method is nearest itself, the second entry replaces the first: what is on disk is what counts.
     return compare(held.tokens, teacher, {"nearest": rounded_to_nearest, method: saved}, show)
 
 

@@ -68,9 +68,12 @@ def check_disk(
     output: Path, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], lm: LanguageModel, with_state: bool
 ) -> None:
     """Refuse now rather than after hours: output, plus x, m and v in float32 while a student is rounded."""
-    weights = sum(weight_of(modules[name]).numel() for name in grids)
+    sizes = {name: weight_of(modules[name]).shape for name in grids}
+    weights = sum(n * k for n, k in sizes.values())
+    # A code and its share of a 16-bit scale and a zero point of at most 8 bits.
+    packed = sum(n * (k * grids[name].bits + 24 * grids[name].groups(k)) // 8 for name, (n, k) in sizes.items())
     dense = sum(p.numel() for p in lm.model.parameters()) - weights
-    needed = int(weights * 0.6 + 2 * dense) + (2 * 12 * weights if with_state else 0)  # a new state beside the old one
+    needed = packed + 2 * dense + (2 * 12 * weights if with_state else 0)  # a new state is written beside the old one
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

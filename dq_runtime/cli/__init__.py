@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 
-def _register() -> None:
+def _register_once() -> None:
+    if app.registered_commands:
+        return
     from dq_runtime.cli import backends, generate, inspect, quantize
 
     for module in (quantize, generate, inspect, backends):
@@ -58,11 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
     if code == 130:  # what typer makes of most KeyboardInterrupts
         print("dq: interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
-
-
-def _register_once() -> None:
-    if not app.registered_commands:
-        _register()
 
 
 def console_script() -> None:

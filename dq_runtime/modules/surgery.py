@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -32,6 +34,13 @@ def bias_of(module: nn.Module) -> Tensor | None:
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
     return bias
+
+
+def tied_names(model: Any) -> set[str]:
+    """Names of a transformers model's tensors that are another tensor under a second name: not stored, not missing."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    return set(model.all_tied_weights_keys)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -6,9 +6,13 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dq_runtime.errors import DQError
 
@@ -33,6 +37,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise DQError(f"could not write {path}: {e.strerror or e}; nothing was changed") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """``tensors`` (any device) as a safetensors file; a full disk is an OSError, as for any other file."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=dict(metadata))
+    except SafetensorError as e:
+        raise OSError(None, str(e)) from e
 
 
 def unfinished_by(path: Path) -> int | None:

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dq_runtime.errors import CheckpointError
-from dq_runtime.packing.atomic import unfinished_by
+from dq_runtime.packing.atomic import save_tensors, unfinished_by
 from dq_runtime.packing.layout import PackedWeight, pack_codes, unpack_codes, words_per_row
 from dq_runtime.packing.quant_config import Scheme, from_config, match
 
@@ -51,17 +50,14 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         if size and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.contiguous().cpu()
+        shards[-1][name] = tensor
         size += tensor.nbytes
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        try:
-            save_file(shard, directory / name, metadata={"format": "pt"})
-            (directory / name).chmod(0o644)  # the library creates 0600, which a server's own user could not read
-        except SafetensorError as e:  # how the library reports a full disk
-            raise OSError(None, str(e)) from e
+        save_tensors(directory / name, shard, {"format": "pt"})
+        (directory / name).chmod(0o644)  # the library creates 0600, which a server's own user could not read
     if len(shards) > 1:
         weight_map = {t: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(t.nbytes for t in tensors.values())
@@ -112,11 +108,6 @@ class Checkpoint:
             names = [f"{layer}.{s}" for s in SUFFIXES if f"{layer}.{s}" in self._files]
             tensors = {name.rpartition(".")[2]: tensor for name, tensor in self.read(names)}
             yield layer, _assemble(layer, scheme, tensors, self.path)
-
-    def shape(self, name: str) -> list[int]:
-        with safe_open(self._files[name], framework="pt") as f:
-            shape: list[int] = f.get_slice(name).get_shape()
-        return shape
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

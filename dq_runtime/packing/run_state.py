@@ -14,23 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dq_runtime.errors import CheckpointError, Interrupted, SpecError
-from dq_runtime.packing.atomic import remove_unfinished, replace_file
+from dq_runtime.packing.atomic import remove_unfinished, replace_file, save_tensors
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(plain, temporary, metadata={"dq": json.dumps(header)})
-        except SafetensorError as e:  # how the library reports a full disk
-            raise OSError(None, str(e)) from e
-
-    replace_file(path, write)
+    replace_file(path, lambda temporary: save_tensors(temporary, tensors, {"dq": json.dumps(header)}))
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -45,6 +45,7 @@ class Stream:
         text = _TextStream(model, self._stop)
         ends = model.end_tokens()
         generated: list[int] = []
+        seen = list(ids)
         finish = "length"
         started = time.perf_counter()
         prompt = torch.tensor(ids, dtype=torch.int64)
@@ -52,12 +53,12 @@ class Stream:
             logits = model.step(prompt[None, start : start + PREFILL_CHUNK], cache)
         prefilled = time.perf_counter()
         while len(generated) < self._max_tokens:
-            seen = torch.tensor(ids + generated, dtype=torch.int64, device=logits.device)
             token = sampler.choose(logits[0], seen)
             if token in ends:
                 finish = "end"
                 break
             generated.append(token)
+            seen.append(token)
             piece = text.push(token)
             if piece:
                 yield piece

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dq_runtime.environment import resolve_device
 from dq_runtime.errors import CheckpointError
 from dq_runtime.modules.quant_linear import QuantLinear
-from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
+from dq_runtime.modules.surgery import bias_of, linears, replace_module, tied_names, weight_of
 from dq_runtime.packing.checkpoint import Checkpoint, open_checkpoint
 from dq_runtime.runtime.language_model import LanguageModel
 from dq_runtime.transforms import TRANSFORMS
@@ -88,7 +88,7 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
             raise CheckpointError(f"{where}: {name} is {[weight.n, weight.k]}, but the model wants {expected}")
     wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n.rpartition(".")[0] not in packed}
     wanted |= {f"{n}.bias": b for n in packed if (b := bias_of(modules[n])) is not None}
-    tied = _tied_names(model)
+    tied = tied_names(model)
     missing = sorted(set(wanted) - set(checkpoint.dense) - tied)
     unknown = sorted(set(checkpoint.dense) - set(wanted))
     if missing or unknown:
@@ -118,13 +118,6 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise CheckpointError(f"{where}: {name} is missing")
-
-
-def _tied_names(model: Any) -> set[str]:
-    """Names that may be absent because the model ties them to another tensor."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return set()
-    return set(model.all_tied_weights_keys)
 
 
 def _generation_config(model: Any, path: Path) -> None:

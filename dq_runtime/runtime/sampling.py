@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +56,11 @@ class Sampler:
         else:
             self.generator.manual_seed(sampling.seed)
 
-    def choose(self, logits: Tensor, seen: Tensor) -> int:
-        """The next token id, from float32 logits [V] and the ids seen so far [T]."""
+    def choose(self, logits: Tensor, seen: Sequence[int] | Tensor) -> int:
+        """The next token id, from float32 logits [V] and the ids seen so far (looked at only for the penalty)."""
         s = self.sampling
-        if s.repetition_penalty != 1.0 and seen.numel():
-            ids = torch.unique(seen)
+        if s.repetition_penalty != 1.0 and len(seen):
+            ids = torch.unique(torch.as_tensor(seen, dtype=torch.int64, device=logits.device))
             values = logits[ids]
             penalised = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
             logits = logits.index_copy(0, ids, penalised)

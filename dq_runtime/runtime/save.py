@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dq_runtime.errors import SpecError
-from dq_runtime.modules.surgery import is_conv1d
+from dq_runtime.modules.surgery import tied_names
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.checkpoint import packed_tensors, write_json, write_weights
 from dq_runtime.packing.quant_config import scheme_of, to_config
@@ -75,15 +75,10 @@ def write_model(
 
 def _dense_tensors(model: Any, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
     """The unquantized tensors by name, without those tied to another one; biases of packed layers included."""
-    tied = set(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else set()
+    tied = tied_names(model)
     found = {}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if name not in tied and (owner not in packed or leaf == "bias"):
             found[name] = tensor
     return found
-
-
-def any_transposed(modules: Mapping[str, Any]) -> bool:
-    """Whether one of these linears is a Conv1D."""
-    return any(is_conv1d(m) for m in modules.values())

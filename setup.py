@@ -1,11 +1,13 @@
-"""Builds ``dq_runtime._native`` (csrc/) and says what it found; everything else about the package is in pyproject.toml.
+"""Builds ``dq_runtime._native`` (csrc/) and ``dq_runtime/_cuda_pack.so`` (csrc/cuda/), and says what it found.
 
-The extension is optional: without a C++17 compiler the package installs without it, on PyTorch and Triton alone.
-``DQ_NATIVE=0`` skips it. No torch is needed to build, because nothing under csrc/ includes a torch header.
+Both are optional: without a C++17 compiler, or without nvcc, the package installs without them, on PyTorch and Triton
+alone. ``DQ_NATIVE=0`` and ``DQ_CUDA=0`` skip them. No torch is needed to build, because nothing under csrc/ includes a
+torch header. Everything else about the package is in pyproject.toml.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -14,6 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,11 +39,42 @@ class Variant:
     machines: tuple[str, ...] | None = None
 
 
+X86 = ("x86_64", "AMD64")
+ARM = ("aarch64", "arm64")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+# GCC 12's own AVX-512 header trips -Wmaybe-uninitialized.
+AVX512 = (
+    *(*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized"),
+)
 VARIANTS = [
-    Variant("scalar", "csrc/cpu/qmm_scalar.cpp"),
+    Variant("scalar", "csrc/cpu/kernels_scalar.cpp"),
+    Variant("avx2", "csrc/cpu/kernels_avx2.cpp", AVX2, X86),
+    Variant("avx512", "csrc/cpu/kernels_avx512.cpp", AVX512, X86),
+    Variant("neon", "csrc/cpu/kernels_neon.cpp", ("-march=armv8.2-a+dotprod",), ARM),
 ]
-SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/pool.cpp"]
+SHARED_SOURCES = [
+    *("csrc/bindings.cpp", "csrc/bind_prepared.cpp", "csrc/bind_decoder.cpp", "csrc/bind_training.cpp"),
+    *("csrc/cpu/pool.cpp", "csrc/cpu/qmm_scalar.cpp", "csrc/cpu/repack.cpp", "csrc/cpu/dispatch.cpp"),
+    *("csrc/cpu/decoder.cpp", "csrc/cpu/training.cpp"),
+]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+NATIVE = "dq_runtime._native"
+CUDA = "dq_runtime._cuda_pack"
+CUDA_FILES = sorted(str(path) for path in Path("csrc/cuda").iterdir() if path.is_file())
+
+
+def load(path: str) -> ModuleType:
+    """The module in the file ``path`` (a build backend runs this script without its folder on sys.path)."""
+    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+cuda_build = load("csrc/cuda/build.py")  # which also runs by itself
 
 
 def version_of(command: str | None) -> str | None:
@@ -60,9 +94,22 @@ def say(text: str) -> None:
 
 def summary() -> None:
     say(f"machine: {platform.machine()}")
-    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc") or (cuda_home and shutil.which(f"{cuda_home}/bin/nvcc"))
-    say(f"nvcc: {version_of(nvcc) or 'not found: CUDA packing will be absent'}")
+    say(f"nvcc: {version_of(cuda_build.find_nvcc()) or 'not found'}")
+    for name, switch in skipped().items():
+        absent(name, f"skipped ({switch}=0)")
+
+
+def skipped() -> dict[str, str]:
+    """The extensions that the environment switches off, and by which variable."""
+    return {name: switch for name, (switch, _) in EXTENSIONS.items() if os.environ.get(switch) == "0"}
+
+
+def absent(name: str, reason: str) -> None:
+    """Says in one line that extension ``name`` was not built, why, and what that costs."""
+    if name == CUDA:
+        say(f"CUDA: {reason}: packing on the GPU will be absent; everything else works")
+    else:
+        say(f"C++: {reason}: the native CPU backend will be absent; everything else works")
 
 
 class NativeBuild(build_ext):
@@ -73,12 +120,33 @@ class NativeBuild(build_ext):
         super().run()
 
     def build_extensions(self) -> None:
-        reason = self.obstacle()
-        if reason is not None:
-            say(f"C++: {reason}: the native CPU backend will be absent; everything else works")
-            self.extensions = []
-            return
-        super().build_extensions()
+        built = []
+        for ext in self.extensions:
+            reason = self.build_cuda() if ext.name == CUDA else self.obstacle()
+            if reason is not None:
+                absent(ext.name, reason)
+                continue
+            if ext.name == NATIVE:
+                self.build_extension(ext)
+            built.append(ext)
+        self.extensions = built  # what is installed
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # The CUDA library is loaded with ctypes and knows nothing of Python: its name carries no ABI.
+        if fullname.split(".")[-1] == CUDA.split(".")[-1]:
+            return str(Path(*fullname.split("."))) + ".so"
+        return str(super().get_ext_filename(fullname))
+
+    def build_cuda(self) -> str | None:
+        """Builds the CUDA library; returns why it could not, or None."""
+        target = Path(self.get_ext_fullpath(CUDA))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            cuda_build.build(target)
+        except cuda_build.BuildError as error:
+            return str(error)
+        say(f"CUDA: sm_{', sm_'.join(cuda_build.ARCHITECTURES)} and PTX for later chips")
+        return None
 
     def obstacle(self) -> str | None:
         """Why no Python extension can be compiled here; None if one can."""
@@ -147,14 +215,12 @@ class NativeBuild(build_ext):
         )
 
 
-SKIP = os.environ.get("DQ_NATIVE") == "0"
-if SKIP:  # said here, because setuptools does not run build_ext for a package without extensions
+EXTENSIONS = {
+    NATIVE: ("DQ_NATIVE", Extension(NATIVE, [*SHARED_SOURCES, *(v.source for v in VARIANTS)], depends=HEADERS)),
+    CUDA: ("DQ_CUDA", Extension(CUDA, [], depends=CUDA_FILES)),
+}
+wanted = [extension for name, (_, extension) in EXTENSIONS.items() if name not in skipped()]
+if not wanted:  # said here, because setuptools does not run build_ext for a package without extensions
     summary()
-    say("C++: skipped (DQ_NATIVE=0): the native CPU backend will be absent")
 
-setup(
-    ext_modules=[]
-    if SKIP
-    else [Extension("dq_runtime._native", [*SHARED_SOURCES, *(v.source for v in VARIANTS)], depends=HEADERS)],
-    cmdclass={"build_ext": NativeBuild},
-)
+setup(ext_modules=wanted, cmdclass={"build_ext": NativeBuild})

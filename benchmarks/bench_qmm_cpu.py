@@ -20,6 +20,9 @@ from dq_runtime.spec import GridSpec
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
 
 
+CANDIDATES = ["prepared-3", "prepared-4", "native-3", "native-4", "reference-3", "torch-fp32", "torch-bf16"]
+
+
 def packed(n: int, k: int, bits: int) -> PackedWeight:
     grid = GRIDS.get("int")(GridSpec(bits=bits, group_size=64))
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
@@ -29,7 +32,7 @@ def packed(n: int, k: int, bits: int) -> PackedWeight:
 
 @pytest.mark.parametrize("m", [1, 16, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("candidate", ["native-3", "native-4", "reference-3", "torch-fp32", "torch-bf16"])
+@pytest.mark.parametrize("candidate", CANDIDATES)
 def test_qmm(benchmark: Callable[..., object], candidate: str, n: int, k: int, m: int) -> None:
     kind, _, bits = candidate.partition("-")
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(1))
@@ -40,6 +43,16 @@ def test_qmm(benchmark: Callable[..., object], candidate: str, n: int, k: int, m
         dense, inputs = w.decode(dtype=dtype), x.to(dtype)
         benchmark(torch.nn.functional.linear, inputs, dense)
         moved = dense.nbytes
+    elif kind == "prepared":  # what serves: repacked once, activations as they are
+        reason = dispatch.backend("native").available()
+        if reason is not None:
+            pytest.skip(reason)
+        ready = dispatch.prepare(w, torch.float32)
+        assert ready is not None
+        tolerance = k * torch.finfo(torch.float32).eps * (x.abs() @ w.decode().abs().t())
+        assert ((dispatch.qmm_prepared(x, ready) - expected).abs() <= tolerance).all()
+        benchmark(dispatch.qmm_prepared, x, ready)
+        moved = ready.nbytes
     else:
         backend = dispatch.backend(kind)
         reason = backend.available()

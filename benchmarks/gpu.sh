@@ -1,15 +1,26 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: check the Triton kernels, and only if they are right, time them.
+# On a machine with an NVIDIA GPU: check every kernel, and only if all are right, time them. At most 10 minutes on an H100.
 #
-#   benchmarks/gpu.sh [options of benchmarks/qmm_gpu.py]        PYTHON=... chooses the interpreter
+#   benchmarks/gpu.sh [tests|time|all]     (default: all; the two halves may run on their own)
 #
-# Nothing of this project needs to be installed: it needs torch with CUDA, triton and pytest.
+# PYTHON chooses the interpreter, DQ_RESULTS the folder for results (default: benchmarks/results, plots to docs/images;
+# with it, plots and parts go there too). Nothing of this project needs to be installed: torch with CUDA, triton,
+# transformers, safetensors, matplotlib and pytest are enough; gemlite and humming-kernels are timed where they import.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH=.:kernels
-unset TRITON_INTERPRET DQ_BACKEND
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
+unset TRITON_INTERPRET DQ_BACKEND DQ_DECODER DQ_TRAINING
+what=${1:-all}
+results=${DQ_RESULTS:-benchmarks/results}
+images=${DQ_RESULTS:-docs/images}
+parts=${DQ_RESULTS:-build}/gpu_parts
 
+case $what in tests | time | all) ;; *)
+    echo "benchmarks/gpu.sh: the argument must be tests, time or all, got '$what'" >&2
+    exit 2
+    ;;
+esac
 if ! reason=$("$python" -c 'from dq_runtime.backends.triton_cuda import TritonCuda; print(TritonCuda().available() or "")'); then
     echo "benchmarks/gpu.sh: $python cannot import dq_runtime (the traceback is above)" >&2
     exit 2
@@ -18,12 +29,18 @@ if [ -n "$reason" ]; then
     echo "benchmarks/gpu.sh: nothing was tested or timed, the Triton backend is unavailable here: $reason" >&2
     exit 2
 fi
-if ! "$python" -c 'import pytest' 2>/dev/null; then
-    echo "benchmarks/gpu.sh: nothing was timed, because pytest is missing and unchecked kernels are not timed" >&2
-    exit 2
-fi
+mkdir -p "$parts"
 
-# -c /dev/null: pyproject.toml's strict configuration names plugins that a bare machine may lack.
-"$python" -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning \
-    -q --maxfail=20 -m gpu tests/gpu
-exec "$python" benchmarks/qmm_gpu.py "$@"
+if [ "$what" != time ]; then
+    rm -f "$parts/tests.json"
+    "$python" benchmarks/gpu_tests.py --out "$parts/tests.json"  # a failure ends it here: what is wrong is not timed
+fi
+failed=0
+if [ "$what" != tests ]; then
+    rm -f "$parts"/{matmul,decode,discquant_step}.json
+    "$python" benchmarks/gpu_matmul.py --out "$parts/matmul.json" || failed=1
+    "$python" benchmarks/gpu_decode.py --out "$parts/decode.json" || failed=1
+    "$python" benchmarks/discquant_step.py --output "$parts/discquant_step.json" || failed=1
+fi
+"$python" benchmarks/gpu_report.py "$parts" --results "$results" --images "$images"
+exit $failed

@@ -2,43 +2,18 @@
 // (Tensor.data_ptr()), and the caller, dq_runtime/backends/cpu_native.py, vouches for dtypes, shapes and contiguity.
 // What can be checked without them is checked here.
 
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
 #include <string>
 
+#include "bindings.h"
+#include "cpu/cpu_features.h"
 #include "cpu/pool.h"
 #include "cpu/qmm_scalar.h"
 #include "layout.h"
 
-#if defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
-
-namespace py = pybind11;
-
 namespace {
 
-// Multiply-adds below which a second thread costs more than it saves: a wake-up is about 10 us, a thread does about
-// 2^15 of them in that time.
-constexpr int64_t kWorkPerThread = 1 << 15;
-
-template <typename T>
-T* address(uintptr_t value, const char* name) {
-    if (value == 0) throw py::value_error(std::string(name) + " is a null pointer");
-    if (value % alignof(T) != 0) {
-        throw py::value_error(std::string(name) + " is not aligned to " + std::to_string(alignof(T)) + " bytes");
-    }
-    return reinterpret_cast<T*>(value);
-}
-
-void positive(int64_t value, const char* name) {
-    if (value <= 0) throw py::value_error(std::string(name) + " must be positive, got " + std::to_string(value));
-}
-
-void check_bits(int bits) {
-    if (bits < 2 || bits > 8) throw py::value_error("bits must be from 2 to 8, got " + std::to_string(bits));
-}
+namespace py = pybind11;
+using namespace dq::binding;
 
 dq::Weight weight(uintptr_t packed, uintptr_t scale, bool scale_is_bf16, uintptr_t zero, int64_t n, int64_t k, int bits,
                   int64_t group_size) {
@@ -57,11 +32,6 @@ dq::Weight weight(uintptr_t packed, uintptr_t scale, bool scale_is_bf16, uintptr
             k,
             bits,
             group_size};
-}
-
-int useful_threads(int threads, int64_t rows, int64_t work_per_row) {
-    const int64_t most = rows * work_per_row / kWorkPerThread + 1;
-    return threads < most ? threads : static_cast<int>(most);
 }
 
 void qmm(uintptr_t x_ptr, int64_t m, uintptr_t packed_ptr, uintptr_t scale_ptr, bool scale_is_bf16, uintptr_t zero_ptr,
@@ -111,38 +81,31 @@ void unpack(uintptr_t packed_ptr, int64_t n, int64_t k, int bits, uintptr_t out_
 }
 
 py::dict cpu_features() {
+    const dq::Features found = dq::features();
     py::dict f;
-#if defined(__x86_64__)
-    // CPUID and, for the wide registers, XGETBV: the operating system must save them too.
-    __builtin_cpu_init();
-    f["avx2"] = __builtin_cpu_supports("avx2") != 0;
-    f["fma"] = __builtin_cpu_supports("fma") != 0;
-    f["avx512f"] = __builtin_cpu_supports("avx512f") != 0;
-    f["avx512bw"] = __builtin_cpu_supports("avx512bw") != 0;
-    f["avx512vl"] = __builtin_cpu_supports("avx512vl") != 0;
-    f["avx512_vbmi"] = __builtin_cpu_supports("avx512vbmi") != 0;
-    f["avx512_vnni"] = __builtin_cpu_supports("avx512vnni") != 0;
-#else
-    for (const char* name : {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni"}) {
-        f[name] = false;
-    }
-#endif
-#if defined(__aarch64__) && defined(__linux__)
-    // Bit numbers of the kernel's asm/hwcap.h, which older systems lack names for.
-    const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
-    f["neon"] = (hwcap >> 1 & 1) != 0;
-    f["dotprod"] = (hwcap >> 20 & 1) != 0;
-    f["sve"] = (hwcap >> 22 & 1) != 0;
-    f["i8mm"] = (hwcap2 >> 13 & 1) != 0;
-#elif defined(__aarch64__)
-    f["neon"] = true;  // part of the architecture
-    for (const char* name : {"dotprod", "sve", "i8mm"}) f[name] = false;
-#else
-    for (const char* name : {"neon", "dotprod", "sve", "i8mm"}) f[name] = false;
-#endif
+    f["avx2"] = found.avx2;
+    f["fma"] = found.fma;
+    f["avx512f"] = found.avx512f;
+    f["avx512bw"] = found.avx512bw;
+    f["avx512vl"] = found.avx512vl;
+    f["avx512dq"] = found.avx512dq;
+    f["avx512_vnni"] = found.avx512_vnni;
+    f["neon"] = found.neon;
+    f["dotprod"] = found.dotprod;
+    f["sve"] = found.sve;
+    f["i8mm"] = found.i8mm;
     py::list variants;  // setup.py defines DQ_HAVE_<VARIANT> for every instruction-set file it compiled
 #ifdef DQ_HAVE_SCALAR
     variants.append("scalar");
+#endif
+#ifdef DQ_HAVE_AVX2
+    variants.append("avx2");
+#endif
+#ifdef DQ_HAVE_AVX512
+    variants.append("avx512");
+#endif
+#ifdef DQ_HAVE_NEON
+    variants.append("neon");
 #endif
     f["variants"] = variants;
     return f;
@@ -168,6 +131,9 @@ PYBIND11_MODULE(_native, module) {
                "int32 [N, ceil(K*bits/32)] -> uint8 codes [N, K].");
     module.def("cpu_features", &cpu_features,
                "What this CPU offers (bools by name) and, under 'variants', the instruction sets compiled in.");
+    bind_prepared(module);
+    bind_decoder(module);
+    bind_training(module);
     py::module_::import("atexit").attr("register")(py::cpp_function([] {
         py::gil_scoped_release release;
         dq::shut_down_pool();

@@ -33,7 +33,7 @@ from dq_runtime.packing.run_state import RunState
 from dq_runtime.preflight import check_disk, check_output, check_weights, fingerprint, plan
 from dq_runtime.rounding import ROUNDINGS, Job, Needs, Rounding
 from dq_runtime.runtime.dense import licence_of, load_dense
-from dq_runtime.runtime.language_model import LanguageModel
+from dq_runtime.runtime.language_model import TransformersModel
 from dq_runtime.runtime.load import load
 from dq_runtime.runtime.save import write_model
 from dq_runtime.runtime.self_text import sample_windows
@@ -220,7 +220,7 @@ def _run(
 
 
 def _windows(
-    lm: LanguageModel,
+    lm: TransformersModel,
     state: RunState,
     texts: tuple[Text | None, Text | None],
     request: Request,
@@ -247,7 +247,7 @@ def _windows(
 
 
 def _students(
-    lm: LanguageModel, modules: dict[str, Any], grids: Mapping[str, GridSpec], spec: QuantSpec, listener: Listener
+    lm: TransformersModel, modules: dict[str, Any], grids: Mapping[str, GridSpec], spec: QuantSpec, listener: Listener
 ) -> dict[str, StudentLinear]:
     """Replace each linear by its StudentLinear, one at a time, so that W is never held twice."""
     show = listener.stage("Fitting grids")
@@ -268,7 +268,7 @@ def _job(student: StudentModel, request: Request, state: RunState, show: Stage) 
 
 
 def _pack(student: StudentModel, codes: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
-    return {name: student.layers[name].pack(c.to(student.layers[name].lo.device)) for name, c in codes.items()}
+    return {name: student.layers[name].pack(c.to(student.layers[name].scale.device)) for name, c in codes.items()}
 
 
 def _resumable(
@@ -299,7 +299,7 @@ def _evaluate(
     show: Stage,
 ) -> dict[str, Quality]:
     """The original in float32 against nearest (in memory) and against what was just written, read back from disk."""
-    written = load(directory, request.device, torch.float32)
+    written = load(directory, request.device, torch.float32, exact=True)
     student.compute_dtype = torch.float32
 
     def teacher(tokens: Tensor) -> Tensor:
@@ -311,15 +311,14 @@ def _evaluate(
         return student.logits(tokens)
 
     def saved(tokens: Tensor) -> Tensor:
-        logits: Tensor = written.model(input_ids=tokens.to(written.device).unsqueeze(0), use_cache=False).logits[0]
-        return logits
+        return written.logits(tokens.unsqueeze(0))[0]
 
     method = request.spec.rounding.name
     # When the method is nearest itself, the second entry replaces the first: what is on disk is what counts.
     return compare(held.tokens, teacher, {"nearest": rounded_to_nearest, method: saved}, show)
 
 
-def _sizes(lm: LanguageModel, rounded: Mapping[str, PackedWeight], directory: Path) -> dict[str, Any]:
+def _sizes(lm: TransformersModel, rounded: Mapping[str, PackedWeight], directory: Path) -> dict[str, Any]:
     """Bytes of the packed layers, of everything else, and of the same model with every tensor in 16 bits."""
     weights = sum(w.n * w.k for w in rounded.values())
     packed = sum(w.nbytes for w in rounded.values())
@@ -362,7 +361,7 @@ def _layer_rows(
     return rows
 
 
-def _display_name(lm: LanguageModel, model: str) -> str:
+def _display_name(lm: TransformersModel, model: str) -> str:
     return (
         Path(lm.path).stem if Path(lm.path).is_file() else Path(model).resolve().name if Path(model).is_dir() else model
     )

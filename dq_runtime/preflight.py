@@ -13,7 +13,7 @@ import torch
 
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.modules.surgery import weight_of
-from dq_runtime.runtime.language_model import LanguageModel
+from dq_runtime.runtime.language_model import TransformersModel
 from dq_runtime.spec import GridSpec, QuantSpec
 
 
@@ -65,7 +65,7 @@ def plan(modules: Mapping[str, Any], spec: QuantSpec) -> dict[str, GridSpec]:
 
 
 def check_disk(
-    output: Path, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], lm: LanguageModel, with_state: bool
+    output: Path, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], lm: TransformersModel, with_state: bool
 ) -> None:
     """Refuse now rather than after hours: output, plus x, m and v in float32 while a student is rounded."""
     sizes = {name: weight_of(modules[name]).shape for name in grids}

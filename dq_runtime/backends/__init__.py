@@ -7,6 +7,7 @@ BACKENDS = Registry(
     "backend",
     {
         "triton": "dq_runtime.backends.triton_cuda:TritonCuda",
+        "cuda": "dq_runtime.backends.cuda_pack:CudaPack",
         "native": "dq_runtime.backends.cpu_native:CpuNative",
         "reference": "dq_runtime.backends.reference:Reference",
     },

@@ -2,6 +2,8 @@
 
 Few tokens: one fused kernel that decodes a row of the weight in L1 and multiplies it with every token. Many tokens:
 decode a tile of rows into a buffer and let ``torch.mm`` (a tuned BLAS) multiply. Neither makes a dense copy of a layer.
+Weights that serve are prepared first (cpu_prepared.py) and then run on the SIMD kernels, with activations as they are:
+what rounds activations to int8 is the native decoder, which its caller chooses.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq_runtime.backends.base import Call
+from dq_runtime.backends.base import Call, PreparedWeight
+from dq_runtime.backends.cpu_prepared import Arena, NativeWeight, Part, plan, prepare, qmm_prepared
 from dq_runtime.errors import BackendError
 from dq_runtime.packing import PackedWeight, words_per_row
 
@@ -94,6 +97,21 @@ class CpuNative:
                 values = tile[: (stop - start) * w.k].view(stop - start, w.k)
                 torch.mm(x32, values.t(), out=y[:, start:stop])
         return y.to(x.dtype)
+
+    def prepare(self, w: PackedWeight, x_dtype: torch.dtype) -> PreparedWeight | None:
+        """``w`` in the order of the SIMD kernels, the same for every ``x_dtype``; None for an empty weight."""
+        _checked(w)
+        if w.n == 0:
+            return None
+        layout = plan([Part(w)], w.n, exact=True)
+        ready = prepare(layout, Arena(layout.nbytes), torch.get_num_threads())
+        return PreparedWeight(self.name, ready.tensors, w.n, w.k, w.bits, w.group_size, w.zero is None, x_dtype)
+
+    def qmm_prepared(self, x: Tensor, w: PreparedWeight) -> Tensor:
+        """As :meth:`qmm`; |error| <= K eps sum |x| |w|, whatever the number of threads."""
+        if x.dtype not in X_DTYPES:
+            raise BackendError(f"native qmm needs x in float32, bfloat16 or float16, got {x.dtype}")
+        return qmm_prepared(x, NativeWeight.of(w), exact=True, threads=torch.get_num_threads()).to(x.dtype)
 
     def pack(self, codes: Tensor, bits: int) -> Tensor:
         """uint8 codes [N, K] (each < 2^bits) -> int32 [N, ceil(K*bits/32)]."""

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from dq_runtime.backends.base import Call
+from dq_runtime.backends.base import Call, PreparedWeight
+from dq_runtime.errors import BackendError
 from dq_runtime.packing import PackedWeight
 
 # Rows decoded at once: 2^21 weights = 8 MB of float32, so that no dense copy of a layer ever exists.
 TILE_WEIGHTS = 2**21
+
+
+def qmm_grouped(
+    x: Tensor, expert_of: Tensor, experts: int, n: int, multiply: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The definition of a product with a mixture of experts: gather an expert's rows, multiply, scatter.
+
+    x [T, K] or [P, K], ``expert_of`` integer [P] with P = T * top_k: pair p is token p // top_k with its expert.
+    ``multiply(e, rows [R, K])`` -> [R, N] is the product with expert e's weight. Returns y [P, N] in x's dtype, row p
+    that of pair p. Raises :class:`BackendError` where T does not divide P, or for a number outside 0 .. experts-1.
+    """
+    pairs, tokens = expert_of.numel(), x.shape[0]
+    if pairs != tokens and (tokens == 0 or pairs % tokens):
+        raise BackendError(f"{tokens} rows of x do not divide {pairs} pairs of a token and an expert")
+    y = torch.empty(pairs, n, dtype=x.dtype, device=x.device)
+    for e in torch.unique(expert_of).tolist():
+        if not 0 <= e < experts:
+            raise BackendError(f"a token was routed to expert {e}, but experts are numbered 0 to {experts - 1}")
+        pair = (expert_of == e).nonzero().squeeze(1)
+        y[pair] = multiply(e, x[pair // (pairs // tokens)])
+    return y
 
 
 class Reference:
@@ -36,3 +60,9 @@ class Reference:
             stop = min(start + rows, w.n)
             torch.mm(x32, w.decode(start, stop).t(), out=y[:, start:stop])
         return y.to(x.dtype)
+
+    def prepare(self, w: PackedWeight, x_dtype: torch.dtype) -> PreparedWeight | None:
+        return None  # reads the canonical order
+
+    def qmm_prepared(self, x: Tensor, w: PreparedWeight) -> Tensor:
+        raise BackendError("the reference prepares nothing; use qmm")

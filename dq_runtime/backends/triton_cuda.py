@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from dq_runtime.backends.base import Call
+from dq_runtime.backends.base import Call, PreparedWeight
+from dq_runtime.errors import BackendError
 from dq_runtime.packing import PackedWeight
 
 MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions and asynchronous copies begin with sm_80 (A100)
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STREAM_DTYPES = (torch.bfloat16, torch.float16)
 SCALE_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -74,7 +78,52 @@ class TritonCuda:
     def qmm(self, x: Tensor, w: PackedWeight) -> Tensor:
         from dq_kernels.qmm import qmm
 
-        # triton launches on the current device, which need not be the one that holds x.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with _on(x):
             y: Tensor = qmm(x, w.packed, w.scale, w.zero, bits=w.bits)
         return y
+
+    def prepare(self, w: PackedWeight, x_dtype: torch.dtype) -> PreparedWeight | None:
+        """The streaming order of dq_kernels.stream_layout, or None for what only the dense path multiplies: float32
+        activations, groups of 16, K not a multiple of 32."""
+        if x_dtype not in STREAM_DTYPES or w.k % 32 or w.group_size < 32:
+            return None
+        from dq_kernels.stream_layout import stream_weight
+
+        with _on(w.packed):
+            s = stream_weight(w.packed, w.scale.to(x_dtype), w.zero, bits=w.bits, k=w.k)
+        tensors = (s.words, s.scale) if s.zero is None else (s.words, s.scale, s.zero)
+        return PreparedWeight(self.name, tensors, w.n, w.k, w.bits, w.group_size, w.zero is None, x_dtype)
+
+    def qmm_prepared(self, x: Tensor, w: PreparedWeight) -> Tensor:
+        if x.dtype != w.x_dtype:  # the scales' bits are in that dtype
+            raise BackendError(f"this weight was prepared for {w.x_dtype} activations, got {x.dtype}")
+        from dq_kernels.qmm import qmm_prepared
+        from dq_kernels.stream_layout import StreamWeight
+
+        zero = None if w.symmetric else w.tensors[2]
+        group = 0 if w.group_size == w.k else w.group_size
+        with _on(x):
+            y: Tensor = qmm_prepared(x, StreamWeight(*w.tensors[:2], zero, w.bits, w.k, group, w.x_dtype))
+        return y
+
+    def prepare_experts(self, experts: Sequence[PackedWeight], x_dtype: torch.dtype) -> PreparedWeight | None:
+        """The experts' weights of :meth:`prepare`, stacked; None where it has none."""
+        ready = [one for w in experts if (one := self.prepare(w, x_dtype)) is not None]
+        if len(ready) < len(experts):
+            return None
+        tensors = tuple(torch.stack(part) for part in zip(*(one.tensors for one in ready), strict=True))
+        return replace(ready[0], tensors=tensors)
+
+    def qmm_grouped(self, x: Tensor, w: PreparedWeight, expert_of: Tensor) -> Tensor:
+        from dq_kernels.grouped import ExpertWeight, qmm_grouped
+
+        zero = None if w.symmetric else w.tensors[2]
+        group = 0 if w.group_size == w.k else w.group_size
+        with _on(x):
+            y: Tensor = qmm_grouped(x, ExpertWeight(*w.tensors[:2], zero, w.bits, w.k, group, w.x_dtype), expert_of)
+        return y
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """triton launches on the current device, which need not be the one that holds x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -32,6 +32,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this string; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Do not round activations to 8 bits; slower on a CPU.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
     """Generate text from a packed CHECKPOINT, streamed as it comes; speeds go to standard error."""
@@ -48,7 +51,7 @@ def generate(
         print(piece, end="", flush=True)
 
     result = run(
-        load(checkpoint, device),
+        load(checkpoint, device, exact=exact),
         prompt,
         max_tokens=max_tokens,
         chat=chat,

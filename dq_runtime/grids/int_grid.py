@@ -76,7 +76,8 @@ class IntGrid:
         span = self._span(low, high)
         finfo = torch.finfo(self.scale_dtype)
         # A tiny group must not underflow to scale 0, nor a stretched one of the search overflow to infinity.
-        exact = (span / self.top).clamp(min=finfo.tiny, max=finfo.max)
+        # Divided by a tensor: torch on CUDA multiplies by a plain number's reciprocal, and 1 scale in 10^5 differs.
+        exact = (span / torch.full_like(span, self.top)).clamp(min=finfo.tiny, max=finfo.max)
         # A group of zeros gets scale 1: its zero code decodes to exactly 0.
         exact = torch.where(span == 0, torch.ones_like(exact), exact)
         scale = exact.to(self.scale_dtype)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq_runtime.backends import training
+
 # Tokens per chunk: 64 rows of a 150k vocabulary are 38 MB of float32, instead of gigabytes for a whole window.
 CHUNK = 64
 
@@ -30,27 +32,21 @@ class MeanKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        m = student.shape[0]
-        grad = torch.empty_like(student)
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
-        for start in range(0, m, CHUNK):
-            rows = slice(start, start + CHUNK)
-            log_p = teacher[rows].float().log_softmax(-1)
-            log_q = student[rows].float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * log_p.sub_(log_q)).sum()
-            grad[rows] = log_q.exp_().sub_(p).div_(m)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, reuse_teacher: bool) -> Tensor:
+        loss, grad = training.mean_kl_with_grad(student, teacher, reuse_teacher)
         ctx.save_for_backward(grad)
-        return total / m
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * outputs[0].to(grad.dtype), None
+        return grad * outputs[0].to(grad.dtype), None, None
 
 
-def mean_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Differentiable mean KL(teacher || student), logits [M, V] each -> float32 scalar."""
-    result: Tensor = MeanKL.apply(student, teacher)  # type: ignore[no-untyped-call]
+def mean_kl(student: Tensor, teacher: Tensor, reuse_teacher: bool = False) -> Tensor:
+    """Differentiable mean KL(teacher || student), logits [M, V] each -> float32 scalar.
+
+    ``reuse_teacher`` saves a tensor of [M, V]: the gradient overwrites the teacher's logits, which are lost.
+    """
+    result: Tensor = MeanKL.apply(student, teacher, reuse_teacher)  # type: ignore[no-untyped-call]
     return result

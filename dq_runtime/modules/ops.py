@@ -1,13 +1,15 @@
-"""The torch operator ``dq_runtime::qmm``: schema, fake, gradient to the input; one definition for all backends."""
+"""The torch operators ``dq_runtime::qmm`` and ``dq_runtime::qmm_prepared``: schemas, fakes, gradient to the input."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq_runtime.backends import dispatch
+from dq_runtime.backends.base import PreparedWeight
 from dq_runtime.packing import PackedWeight
 
 
@@ -45,5 +47,51 @@ _qmm.register_autograd(_backward, setup_context=_setup)
 
 def qmm(x: Tensor, w: PackedWeight) -> Tensor:
     """x [..., K] @ decode(w).T -> [..., N]; differentiable in x; traceable by torch.compile."""
+    if _eager():
+        return dispatch.qmm(x, w)
     y: Tensor = _qmm(x, w.packed, w.scale, w.zero, w.bits, w.k)
+    return y
+
+
+def _eager() -> bool:
+    """Whether nobody but us needs the operator: the first call of a custom op imports torch._dynamo, 1.5 s."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+@torch.library.custom_op("dq_runtime::qmm_prepared", mutates_args=())
+def _qmm_prepared(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    backend: str,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    x_dtype: torch.dtype,
+) -> Tensor:
+    w = PreparedWeight(backend, tuple(weight), n, k, bits, group_size, symmetric, x_dtype)
+    return dispatch.qmm_prepared(x, w)
+
+
+@_qmm_prepared.register_fake
+def _(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    backend: str,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    x_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def qmm_prepared(x: Tensor, w: PreparedWeight) -> Tensor:
+    """x [..., K] @ W.T -> [..., N] of a prepared weight; for inference: it has no gradient."""
+    if _eager():
+        return dispatch.qmm_prepared(x, w)
+    y: Tensor = _qmm_prepared(x, list(w.tensors), w.backend, w.n, w.k, w.bits, w.group_size, w.symmetric, w.x_dtype)
     return y

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dq_runtime.errors import SpecError
 from dq_runtime.modules.kl import mean_kl
+from dq_runtime.modules.step_graph import StepGraph
 from dq_runtime.modules.student_linear import Mode, StudentLinear
 from dq_runtime.packing import PackedWeight
+
+# Steps before a CUDA graph is recorded: the first compiles kernels, the second finds every library warm.
+EAGER_STEPS = 2
 
 
 class StudentModel:
@@ -29,6 +35,11 @@ class StudentModel:
         self.tokens = windows
         self.windows = windows.shape[0]
         self.compute_dtype = compute_dtype
+        # Layers held compactly run on kernels that never wait for the device; logits() says why a cache is needed.
+        takes_cache = "past_key_values" in signature(model.forward).parameters
+        self.graphed = takes_cache and all(layer.compact and layer.scale.is_cuda for layer in layers.values())
+        self._graph: StepGraph | None = None
+        self._eager_steps = 0
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -39,21 +50,59 @@ class StudentModel:
             layer.compute_dtype = torch.float32 if mode is Mode.PACKED else self.compute_dtype
             layer.packed = None if packed is None else packed[name]
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        device = self.model.get_input_embeddings().weight.device
+        assert isinstance(device, torch.device)
+        return device
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits [T, V] of one window [T]."""
-        device = self.model.get_input_embeddings().weight.device
+        device = self.device
+        # Without a cache transformers looks into the position ids for packed sequences, which waits for the device (and
+        # builds a dense mask while a graph is recorded); an empty cache says that there is one sequence.
+        cache = {"past_key_values": _empty_cache()} if self.graphed else {}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.compute_dtype is torch.bfloat16):
-            out = self.model(input_ids=tokens.to(device).unsqueeze(0), use_cache=False).logits
+            out = self.model(input_ids=tokens.to(device).unsqueeze(0), use_cache=False, **cache).logits
         assert isinstance(out, Tensor)
         return out[0]
 
-    def kl(self, window: int) -> Tensor:
-        tokens = self.tokens[window]
+    def kl(self, tokens: Tensor) -> Tensor:
+        """Mean KL(teacher || student) in nats per token of one window [T]; differentiable in every x."""
         self.set_mode(Mode.TEACHER)
         with torch.no_grad():
             teacher = self.logits(tokens)
         self.set_mode(Mode.RELAXED)
-        return mean_kl(self.logits(tokens), teacher)
+        return mean_kl(self.logits(tokens), teacher, reuse_teacher=True)
+
+    def kl_backward(self, window: int) -> Tensor:
+        """See :class:`dq_runtime.rounding.base.Student`; on a GPU by a recorded graph from the third step on."""
+        tokens = self.tokens[window]
+        parameters = [layer.x for layer in self.layers.values()]
+        warm = self.graphed and self._eager_steps >= EAGER_STEPS
+        if warm and self._graph is None and all(x.grad is None for x in parameters):
+            self._record(tokens, parameters)
+        if self._graph is not None:
+            return self._graph.replay(tokens)
+        self._eager_steps += 1
+        return self._backward(tokens)
+
+    def _record(self, tokens: Tensor, parameters: list[nn.Parameter]) -> None:
+        """A model that waits for the device in its forward pass cannot be recorded: it goes on launch by launch."""
+        try:
+            self._graph = StepGraph(self._backward, tokens, parameters, self.device)
+        except RuntimeError as error:
+            self.graphed = False
+            for x in parameters:
+                x.grad = None
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"the step was not recorded as a CUDA graph, which is slower: {reason}", stacklevel=2)
+
+    def _backward(self, tokens: Tensor) -> Tensor:
+        loss = self.kl(tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def begin(self) -> None:
         """Allocate the relaxed choices and make them the only trainable tensors of the model."""
@@ -63,8 +112,15 @@ class StudentModel:
 
     def end(self) -> None:
         """Free them again."""
+        self._graph = None
         for layer in self.layers.values():
             layer.end_relaxation()
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache  # takes seconds to import; whoever has a model has paid for it
+
+    return DynamicCache()
 
 
 def loop_dtype_of(requested: str, device: torch.device) -> torch.dtype:

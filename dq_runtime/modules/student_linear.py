@@ -3,20 +3,33 @@
     teacher  w     = scale * (lo - zero + y)      y as the original weight gave it, so w is exact to float32 rounding
     student  w_hat = scale * (lo - zero + x)      x in [0, 1], 0 where the two neighbours coincide
 
-Shapes: N = out_features, K = in_features, G = K / group_size; x, y, lo, free are [N, K].
+Shapes: N = out_features, K = in_features, G = K / group_size; x, y, lo, free are [N, K]. Bytes a weight (3 bits):
+
+             lo      y   free   x   m + v   x.grad   together
+    plain    1       4   1      4   4 + 4   4        22
+    compact  0.375   2   0.125  2   2 + 2   2        10.5
+
+Compact is how layers are held where the training ops want it (on a GPU with Triton): lo as bitstream, y float16 (within
+2^-12 of a grid step of the original: 1/1000 of the rounding error that is being spread), free as bits, x float16 and
+the moments bfloat16 with stochastic rounding, x.grad bfloat16 and the activations in the dtype of the matmuls. What it
+costs: on a small random Llama in a float32 loop, 64 steps, 8 seeds, held-out KL 0.504 +- 0.006, plain 0.503 +- 0.006.
 """
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dq_runtime.backends import dispatch, training
+from dq_runtime.backends.training import Lerp
+from dq_runtime.backends.training_reference import lerp_weight
 from dq_runtime.grids import Grid, Scales
 from dq_runtime.modules.ops import qmm
+from dq_runtime.modules.training_ops import lerp_mm
 from dq_runtime.packing import PackedWeight, pack_codes
+from dq_runtime.rounding.base import AdamStep, Moments
 from dq_runtime.transforms import Transform
 
 
@@ -28,42 +41,6 @@ class Mode(Enum):
     PACKED = "packed"
 
 
-def lerp_weight(lo: Tensor, x: Tensor, scales: Scales, middle: int, dtype: torch.dtype) -> Tensor:
-    """scale * (lo - zero + x) as a dense [N, K] tensor of ``dtype``."""
-    n, k = lo.shape
-    groups = scales.scale.shape[1]
-    zero: Tensor | float = float(middle) if scales.zero is None else scales.zero.float().unsqueeze(-1)
-    w = torch.add(x, lo).view(n, groups, -1)  # uint8 + float32 in one pass
-    return w.sub_(zero).mul_(scales.scale.float().unsqueeze(-1)).view(n, k).to(dtype)
-
-
-class LerpMM(torch.autograd.Function):
-    """y = inputs @ w_hat(x).T; gradients to the inputs and to x. W is rebuilt in backward instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, x: Tensor, layer: StudentLinear, dtype: torch.dtype) -> Tensor:
-        flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-        w = lerp_weight(layer.lo, x.detach(), layer.scales, layer.middle, dtype)
-        ctx.layer, ctx.dtype, ctx.shape, ctx.input_dtype = layer, dtype, inputs.shape, inputs.dtype
-        ctx.save_for_backward(flat, x)
-        return (flat @ w.t()).view(*inputs.shape[:-1], w.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        flat, x = ctx.saved_tensors
-        layer: StudentLinear = ctx.layer
-        grad = outputs[0].reshape(-1, outputs[0].shape[-1]).to(ctx.dtype)
-        grad_inputs = grad_x = None
-        if ctx.needs_input_grad[0]:
-            w = lerp_weight(layer.lo, x.detach(), layer.scales, layer.middle, ctx.dtype)
-            grad_inputs = (grad @ w).view(ctx.shape).to(ctx.input_dtype)
-        if ctx.needs_input_grad[1]:
-            n, k = x.shape
-            scale = layer.scales.scale.float().unsqueeze(-1)
-            grad_x = (grad.t() @ flat).float().view(n, scale.shape[1], -1).mul_(scale).view(n, k)
-        return grad_inputs, grad_x, None, None
-
-
 class StudentLinear(nn.Module):
     """Replaces a linear while its model is rounded; see the module docstring for the algebra.
 
@@ -71,9 +48,9 @@ class StudentLinear(nn.Module):
     same ``qmm`` that serves them.
     """
 
-    lo: Tensor
-    y: Tensor
-    free: Tensor
+    _lo: Tensor
+    _y: Tensor
+    _free: Tensor
     scale: Tensor
     zero: Tensor | None
     bias: Tensor | None
@@ -86,13 +63,14 @@ class StudentLinear(nn.Module):
         w = transform.fold(w.detach().float())
         scales = grid.fit(w)
         lo, hi = grid.neighbours(w, scales)
-        self.register_buffer("lo", lo)
-        self.register_buffer("y", grid.position(w, scales) - lo)
-        self.register_buffer("free", hi > lo)
+        y, free = grid.position(w, scales) - lo, hi > lo
+        self.compact = training.holds_compactly(w.device)
+        self.register_buffer("_lo", pack_codes(lo, grid.spec.bits) if self.compact else lo)
+        self.register_buffer("_y", y.half() if self.compact else y)
+        self.register_buffer("_free", training.pack_flags(free) if self.compact else free)
         self.register_buffer("scale", scales.scale)
         self.register_buffer("zero", scales.zero)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.middle = 2 ** (grid.spec.bits - 1)
         self.x = nn.Parameter(torch.empty(0), requires_grad=False)  # allocated by begin_relaxation
         self.mode = Mode.TEACHER
         self.compute_dtype = torch.float32
@@ -102,9 +80,31 @@ class StudentLinear(nn.Module):
     def scales(self) -> Scales:
         return Scales(self.scale, self.zero)
 
+    @property
+    def lerp(self) -> Lerp:
+        """What teacher and student have in common, as the training ops take it."""
+        return Lerp(self._lo, self.scale, self.zero, self.grid.spec.bits, self.in_features)
+
+    @property
+    def lo(self) -> Tensor:
+        """The code below each weight, uint8 [N, K]; unpacked anew where it is held packed."""
+        return self.lerp.codes()
+
+    @property
+    def y(self) -> Tensor:
+        """Where the original weight lies above lo, float32 [N, K]."""
+        return self._y.float()
+
+    @property
+    def free(self) -> Tensor:
+        """Whether the two neighbours differ, bool [N, K]."""
+        return training.unpack_flags(self._free, self._y.shape) if self.compact else self._free
+
     def begin_relaxation(self) -> None:
         """Allocate x (zeros); methods that do not need the student never pay for it."""
-        self.x = nn.Parameter(torch.zeros_like(self.y))
+        self.x = nn.Parameter(torch.zeros_like(self._y))
+        if self.compact:
+            self.x.grad_dtype = torch.bfloat16  # else autograd would widen what lerp_mm's backward returns
 
     def end_relaxation(self) -> None:
         """Drop x; the codes have been taken."""
@@ -112,7 +112,23 @@ class StudentLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The original (transformed) weight, float32 [N, K], rebuilt from what is stored."""
-        return lerp_weight(self.lo, self.y, self.scales, self.middle, torch.float32)
+        return lerp_weight(self.lerp, self._y, torch.float32)
+
+    def moments(self) -> Moments:
+        """Zeros of x's shape: float32, or bfloat16 where the layer is held compactly."""
+        dtype = torch.bfloat16 if self.compact else torch.float32
+        zeros = torch.zeros_like(self.x, dtype=dtype, requires_grad=False)
+        return Moments(zeros, zeros.clone())
+
+    def step(self, moments: Moments, hyper: AdamStep) -> Tensor:
+        """One projected AdamW step; see :class:`dq_runtime.rounding.base.Relaxation`."""
+        grad = self.x.grad
+        assert grad is not None, "step() comes after a backward pass"
+        undecided = training.projected_adam(
+            self.x.detach(), grad, moments.m, moments.v, self._y, self._free, hyper
+        )  # fmt: skip
+        self.x.grad = None
+        return undecided
 
     def codes(self) -> Tensor:
         return self.lo + self.x.detach().round().to(torch.uint8)
@@ -123,17 +139,20 @@ class StudentLinear(nn.Module):
     def pack(self, codes: Tensor) -> PackedWeight:
         """The checkpoint form of these codes."""
         spec = self.grid.spec
-        return PackedWeight(pack_codes(codes, spec.bits), self.scale, self.zero, spec.bits, self.in_features)
+        return PackedWeight(dispatch.pack(codes, spec.bits), self.scale, self.zero, spec.bits, self.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """inputs [..., K] -> [..., N], in the inputs' dtype; held compactly, in that of the matmuls."""
         h = self.transform.apply_input(inputs)
+        dtype = inputs.dtype
         if self.mode is Mode.PACKED:
             assert self.packed is not None
             y = qmm(h, self.packed)
-        elif self.mode is Mode.RELAXED:
-            y = LerpMM.apply(h, self.x, self, self.compute_dtype)  # type: ignore[no-untyped-call]
         else:
-            w = lerp_weight(self.lo, self.y, self.scales, self.middle, self.compute_dtype)
-            y = h.to(self.compute_dtype) @ w.t()
-        y = self.transform.apply_output(y.to(inputs.dtype))
-        return y if self.bias is None else y + self.bias
+            flat = h.reshape(-1, self.in_features).to(self.compute_dtype)
+            dtype = self.compute_dtype if self.compact else dtype
+            x = self.x if self.mode is Mode.RELAXED else self._y
+            y = lerp_mm(flat, x, self.lerp, torch.bfloat16 if self.compact else torch.float32)
+            y = y.view(*h.shape[:-1], self.out_features)
+        y = self.transform.apply_output(y.to(dtype))
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,12 @@ class Checkpoint:
 
     def packed(self) -> Iterator[tuple[str, PackedWeight]]:
         """Every packed linear, validated by value: scales finite and positive, padding bits zero."""
-        for layer, scheme in self.layers.items():
-            names = [f"{layer}.{s}" for s in SUFFIXES if f"{layer}.{s}" in self._files]
-            tensors = {name.rpartition(".")[2]: tensor for name, tensor in self.read(names)}
-            yield layer, _assemble(layer, scheme, tensors, self.path)
+        with ExitStack() as stack:  # once a file, not once a layer: 210 openings of SmolLM2 took 0.2 s
+            opened = {f: stack.enter_context(safe_open(f, framework="pt")) for f in set(self._files.values())}
+            for layer, scheme in self.layers.items():
+                names = {s: f"{layer}.{s}" for s in SUFFIXES if f"{layer}.{s}" in self._files}
+                tensors = {s: opened[self._files[name]].get_tensor(name) for s, name in names.items()}
+                yield layer, _assemble(layer, scheme, tensors, self.path)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

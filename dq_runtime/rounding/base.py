@@ -39,20 +39,70 @@ class LayerProblem(Protocol):
         ...
 
 
-class Relaxation(Protocol):
-    """The relaxed choice of one layer: w_hat = scale * (lo - zero + x), x in [0, 1]; all tensors [N, K]."""
+@dataclass(frozen=True)
+class AdamStep:
+    """One projected AdamW step (arXiv 1711.05101, then clamped to [0, 1]) on the DiscQuant gradient
 
-    lo: Tensor  # uint8, the code below
-    y: Tensor  # float32, where the original weight lies above lo (outside [0, 1) where the grid is exceeded)
-    free: Tensor  # bool, False where both neighbours are the same code
+        g = clamp(kl_weight * grad, -clamp, clamp) + (1 - 2y)   where free, 0 elsewhere
+
+    ``step`` counts from 1 (for the bias corrections); all rates are already those of this step.
+    """
+
+    step: int
+    lr: float
+    kl_weight: float  # rho / delta^2
+    clamp: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's running mean and mean square of one layer's gradient, [N, K] each, in the layer's choice of dtype."""
+
+    m: Tensor
+    v: Tensor
+
+
+class Relaxation(Protocol):
+    """The relaxed choice of one layer: w_hat = scale * (lo - zero + x), x in [0, 1]; all tensors [N, K].
+
+    The method never touches the state's bytes: the layer may hold lo, y and free packed, and it makes the step.
+    """
+
+    @property
+    def lo(self) -> Tensor:
+        """uint8, the code below."""
+        ...
+
+    @property
+    def y(self) -> Tensor:
+        """float32, where the original weight lies above lo (outside [0, 1) where the grid is exceeded)."""
+        ...
+
+    @property
+    def free(self) -> Tensor:
+        """bool, False where both neighbours are the same code."""
+        ...
 
     @property
     def x(self) -> Tensor:
-        """float32 leaf with requires_grad, kept in [0, 1], and at 0 where not free."""
+        """Leaf with requires_grad, float32 or (a layer held compactly) float16; kept in [0, 1], at 0 where not free."""
         ...
 
     def mean_squared_step(self) -> float:
         """Mean of scale^2 over the weights: delta^2 of the DiscQuant objective."""
+        ...
+
+    def moments(self) -> Moments:
+        """Zeros to begin with."""
+        ...
+
+    def step(self, moments: Moments, hyper: AdamStep) -> Tensor:
+        """One projected AdamW step on ``x`` and ``moments``, in place; clears ``x.grad``. Returns how many x are still
+        undecided, 0.01 < x < 0.99: an int64 scalar on x's device, so that no layer waits for another."""
         ...
 
     def codes(self) -> Tensor:
@@ -68,9 +118,9 @@ class Student(Protocol):
     @property
     def layers(self) -> Mapping[str, Relaxation]: ...
 
-    def kl(self, window: int) -> Tensor:
-        """Mean KL(teacher || student) in nats per token on one calibration window; a scalar whose backward()
-        accumulates into every ``x.grad``."""
+    def kl_backward(self, window: int) -> Tensor:
+        """Mean KL(teacher || student) in nats per token on one calibration window, a scalar on the model's device
+        without history; its gradient has been added to every ``x.grad``."""
         ...
 
 

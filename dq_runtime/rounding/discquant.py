@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dq_runtime.errors import SpecError
-from dq_runtime.rounding.base import Job, Needs, Relaxation, Rounded, Student, options_from
+from dq_runtime.rounding.base import AdamStep, Job, Moments, Needs, Rounded, Student, options_from
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DiscQuant:
         recipe = self.recipe
         total = recipe.steps or max(1, student.windows // recipe.batch)
         delta2 = sum(layer.mean_squared_step() for layer in student.layers.values()) / len(student.layers)
-        state = {name: _Moments(layer) for name, layer in student.layers.items()}
+        state = {name: layer.moments() for name, layer in student.layers.items()}
         history: list[dict[str, float]] = []
         first = 0
         saved = job.store.load()
@@ -93,16 +93,14 @@ class DiscQuant:
         for step in range(first, total):
             kl = 0.0
             for i in range(recipe.batch):
-                loss = student.kl((step * recipe.batch + i) % student.windows)
-                (loss / recipe.batch).backward()  # type: ignore[no-untyped-call]
+                loss = student.kl_backward((step * recipe.batch + i) % student.windows)
                 kl += loss.item() / recipe.batch
             if not math.isfinite(kl):
                 raise SpecError(f"the KL became {kl} at step {step + 1}; use a smaller lr or float32 computation")
             lr = self._lr(step, total)
-            undecided = 0
-            for name, layer in student.layers.items():
-                self._update(layer, state[name], lr, step + 1, delta2)
-                undecided += int(((layer.x > 0.01) & (layer.x < 0.99)).sum())
+            hyper = self._hyper(step + 1, lr, delta2)
+            counts = [layer.step(state[name], hyper) for name, layer in student.layers.items()]
+            undecided = int(torch.stack(counts).sum())  # the step's one wait for the device after the loss
             weights = sum(layer.x.numel() for layer in student.layers.values())
             figures = {"step": step + 1, "kl": kl, "rounded": 1 - undecided / weights, "lr": lr}
             history.append(figures)
@@ -130,39 +128,21 @@ class DiscQuant:
             return self.recipe.lr * (step + 1) / warm
         return self.recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
-    @torch.no_grad()
-    def _update(self, layer: Relaxation, moments: _Moments, lr: float, step: int, delta2: float) -> None:
-        """One projected AdamW step on ``layer.x``; clears its gradient."""
+    def _hyper(self, step: int, lr: float, delta2: float) -> AdamStep:
         recipe = self.recipe
-        g = layer.x.grad
-        assert g is not None
-        g.mul_(recipe.rho / delta2).clamp_(-recipe.clamp, recipe.clamp)
-        g.add_(1.0).sub_(layer.y, alpha=2.0).mul_(layer.free)
-        moments.m.lerp_(g, 1 - recipe.beta1)
-        moments.v.mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
-        denominator = torch.sqrt(moments.v, out=g).div_(math.sqrt(1 - recipe.beta2**step)).add_(1e-8)
-        layer.x.mul_(1 - lr * recipe.weight_decay)
-        layer.x.addcdiv_(moments.m, denominator, value=-lr / (1 - recipe.beta1**step))
-        layer.x.clamp_(0.0, 1.0)
-        layer.x.grad = None
+        return AdamStep(
+            step, lr, recipe.rho / delta2 / recipe.batch, recipe.clamp, recipe.beta1, recipe.beta2, recipe.weight_decay
+        )  # fmt: skip
 
 
-class _Moments:
-    """Adam's running mean and square of one layer's gradient, float32 [N, K]."""
-
-    def __init__(self, layer: Relaxation) -> None:
-        self.m = torch.zeros_like(layer.x, requires_grad=False)
-        self.v = torch.zeros_like(layer.x, requires_grad=False)
-
-
-def _collect(student: Student, state: Mapping[str, _Moments]) -> dict[str, Tensor]:
+def _collect(student: Student, state: Mapping[str, Moments]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in student.layers.items():
         tensors |= {f"{name}.x": layer.x.detach(), f"{name}.m": state[name].m, f"{name}.v": state[name].v}
     return tensors
 
 
-def _restore(student: Student, state: Mapping[str, _Moments], tensors: Mapping[str, Tensor]) -> None:
+def _restore(student: Student, state: Mapping[str, Moments], tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, layer in student.layers.items():
             layer.x.copy_(tensors[f"{name}.x"])

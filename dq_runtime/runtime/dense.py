@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from dq_runtime.errors import DQError
-from dq_runtime.runtime.language_model import LanguageModel
+from dq_runtime.runtime.language_model import TransformersModel
 
 
-def load_dense(source: str, device: str = "cpu") -> LanguageModel:
+def load_dense(source: str, device: str = "cpu") -> TransformersModel:
     """The model in float32, in eval mode, with its tokenizer (None if it has none)."""
     from transformers.utils import logging
 
@@ -40,7 +40,7 @@ def _magic(path: Path) -> bytes:
         return f.read(4)
 
 
-def _load_directory(path: Path) -> LanguageModel:
+def _load_directory(path: Path) -> TransformersModel:
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def _load_directory(path: Path) -> LanguageModel:
     return _load_pretrained(str(path), {})
 
 
-def _load_pretrained(source: str, kwargs: dict[str, Any]) -> LanguageModel:
+def _load_pretrained(source: str, kwargs: dict[str, Any]) -> TransformersModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -65,7 +65,7 @@ def _load_pretrained(source: str, kwargs: dict[str, Any]) -> LanguageModel:
     if info["missing_keys"]:  # transformers would go on with random weights there
         missing = min(info["missing_keys"])
         raise DQError(f"{kwargs.get('gguf_file', source)} is incomplete: {missing} is missing from its weights")
-    return LanguageModel(model, _load_tokenizer(source, kwargs), source)
+    return TransformersModel(model, _load_tokenizer(source, kwargs), source)
 
 
 def _load_tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
@@ -77,7 +77,7 @@ def _load_tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
         return None
 
 
-def _load_gguf(path: Path) -> LanguageModel:
+def _load_gguf(path: Path) -> TransformersModel:
     if not path.is_file():
         raise DQError(f"{path} does not exist")
     try:

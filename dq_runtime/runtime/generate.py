@@ -15,7 +15,6 @@ from dq_runtime.runtime.load import load
 from dq_runtime.runtime.sampling import Sampler, Sampling
 
 Prompt = str | Sequence[int] | list[dict[str, str]]
-PREFILL_CHUNK = 512  # tokens per forward pass of the prompt: bounds the memory of activations
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         model, ids = self._model, self._ids
-        cache = model.start()
+        cache = model.start(1, len(ids) + self._max_tokens)
         sampler = Sampler(self._sampling, model.device)
         text = _TextStream(model, self._stop)
         ends = model.end_tokens()
@@ -48,12 +47,19 @@ class Stream:
         seen = list(ids)
         finish = "length"
         started = time.perf_counter()
-        prompt = torch.tensor(ids, dtype=torch.int64)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            logits = model.step(prompt[None, start : start + PREFILL_CHUNK], cache)
+        logits = model.step(torch.tensor([ids], dtype=torch.int64), cache)
+        # Launches on a GPU return at once: the next step is on its way before the host asks which token was chosen, at
+        # the price of one step too many when that was an end token.
+        ahead = model.device.type == "cuda"
+        if ahead:
+            torch.cuda.synchronize(model.device)
         prefilled = time.perf_counter()
         while len(generated) < self._max_tokens:
-            token = sampler.choose(logits[0], seen)
+            chosen = sampler.choose(logits[0], seen)
+            more = len(generated) + 1 < self._max_tokens
+            if ahead and more:
+                logits = model.step(chosen.view(1, 1), cache)
+            token = int(chosen)
             if token in ends:
                 finish = "end"
                 break
@@ -65,8 +71,8 @@ class Stream:
             if text.stopped:
                 finish = "stop"
                 break
-            if len(generated) < self._max_tokens:
-                logits = model.step(torch.tensor([[token]]), cache)
+            if more and not ahead:
+                logits = model.step(chosen.view(1, 1), cache)
         rest = text.flush()
         if rest:
             yield rest
@@ -159,9 +165,8 @@ def stream(
     stop = [stop] if isinstance(stop, str) else list(stop)
     if any(not s for s in stop):
         raise SpecError("a stop string is empty; leave it out instead")
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    if any(not 0 <= i < vocabulary for i in ids):
-        raise SpecError(f"the prompt holds a token id outside 0..{vocabulary - 1}")
+    if any(not 0 <= i < model.vocabulary for i in ids):
+        raise SpecError(f"the prompt holds a token id outside 0..{model.vocabulary - 1}")
     limit = model.context_length
     if limit is not None and len(ids) + max_tokens > limit:
         if len(ids) >= limit:

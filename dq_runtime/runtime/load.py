@@ -2,142 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dq_runtime.environment import resolve_device
 from dq_runtime.errors import CheckpointError
-from dq_runtime.modules.quant_linear import QuantLinear
-from dq_runtime.modules.surgery import bias_of, linears, replace_module, tied_names, weight_of
 from dq_runtime.packing.checkpoint import Checkpoint, open_checkpoint
-from dq_runtime.runtime.language_model import LanguageModel
-from dq_runtime.transforms import TRANSFORMS
-
-FOREIGN_PREFIX = "dq_"  # model_type of checkpoints that only we can read, so that others fail instead of guessing
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters registered inside take no memory; buffers (rotary tables) are computed as usual."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+from dq_runtime.runtime.decoder import DecoderConfig, build_decoder, read_config, read_weights
+from dq_runtime.runtime.language_model import LanguageModel, LeanModel
+from dq_runtime.runtime.tokenizer import load_tokenizer
 
 
-def load(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> LanguageModel:
-    """The model of a packed checkpoint, ready to run.
+def load(
+    path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, exact: bool = False
+) -> LanguageModel:
+    """The model of a packed checkpoint, ready to run: by our own decoder where it knows the architecture, else through
+    transformers.
 
     ``dtype`` is that of activations and unquantized weights: by default float32 on a CPU (whose low-bit kernels
-    accumulate in float32 anyway), the checkpoint's own dtype on a GPU. Everything is validated before the model is
-    built; a bad checkpoint raises :class:`CheckpointError`.
+    accumulate in float32 anyway), the checkpoint's own dtype on a GPU. ``exact`` forbids to round activations to less
+    than that, which the CPU's decoder otherwise does for speed (int8, one scale per group). Everything is validated
+    before the model is built; a bad checkpoint raises :class:`CheckpointError`.
     """
     device = resolve_device(device)
     checkpoint = open_checkpoint(path)
     serving = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), None)
     if dtype is None:
         dtype = torch.float32 if device == "cpu" or not isinstance(serving, torch.dtype) else serving
-    model = _skeleton(checkpoint)
-    _fill(model, checkpoint, dtype)
-    _generation_config(model, checkpoint.path)
-    model.eval().to(device)
-    return LanguageModel(model, _tokenizer(checkpoint.path), str(checkpoint.path))
+    config = read_config(checkpoint.config)
+    if isinstance(config, DecoderConfig):
+        decoder = build_decoder(config, read_weights(checkpoint, config), device, dtype, exact)
+        tokenizer = load_tokenizer(checkpoint.path)
+        return LeanModel(decoder, _end_tokens(checkpoint), tokenizer, str(checkpoint.path))
+    from dq_runtime.runtime.skeleton import load_through_transformers
+
+    return load_through_transformers(checkpoint, device, dtype)
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    config = dict(checkpoint.config)
-    config.pop("quantization_config")
-    config["model_type"] = str(config.get("model_type", "")).removeprefix(FOREIGN_PREFIX)
+def _end_tokens(checkpoint: Checkpoint) -> Any:
+    """``eos_token_id`` of generation_config.json, where chat models list several, else of config.json."""
+    file = checkpoint.path / "generation_config.json"
+    if not file.exists():
+        text = checkpoint.config.get("text_config")
+        return (checkpoint.config if text is None else text | checkpoint.config).get("eos_token_id")
     try:
-        built = AutoConfig.for_model(**config)
-        with _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(built)
-    except Exception as e:  # transformers raises many types for a config it does not understand
-        why = " ".join(str(e).split())[:300]
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} does not describe a causal LM: {why}") from None
-
-
-def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Check every name and shape against the model, then put the tensors in place."""
-    where = checkpoint.path
-    transform = TRANSFORMS.get("identity")()
-    modules = linears(model)
-    packed = dict(checkpoint.packed())
-    for name, weight in packed.items():
-        if name not in modules:
-            raise CheckpointError(f"{where}: {name} is packed, but the model has no linear of that name")
-        expected = list(weight_of(modules[name]).shape)
-        if expected != [weight.n, weight.k]:
-            raise CheckpointError(f"{where}: {name} is {[weight.n, weight.k]}, but the model wants {expected}")
-    wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n.rpartition(".")[0] not in packed}
-    wanted |= {f"{n}.bias": b for n in packed if (b := bias_of(modules[n])) is not None}
-    tied = tied_names(model)
-    missing = sorted(set(wanted) - set(checkpoint.dense) - tied)
-    unknown = sorted(set(checkpoint.dense) - set(wanted))
-    if missing or unknown:
-        problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
-        raise CheckpointError(f"{where}: {problem}")
-    dense: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.read(list(checkpoint.dense)):
-        if tensor.shape != wanted[name].shape:
-            expected = list(wanted[name].shape)
-            raise CheckpointError(f"{where}: {name} is {list(tensor.shape)}, but the model wants {expected}")
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise CheckpointError(f"{where}: {name} is {tensor.dtype}, but the model wants {wanted[name].dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{where}: {name} holds NaN or infinity")
-        dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    for name, weight in packed.items():
-        replace_module(model, name, QuantLinear(weight, dense.pop(f"{name}.bias", None), transform))
-    for name, tensor in dense.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            module._buffers[leaf] = tensor
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            raise CheckpointError(f"{where}: {name} is missing")
-
-
-def _generation_config(model: Any, path: Path) -> None:
-    """End tokens beyond the config's own: chat models list several there."""
-    if not (path / "generation_config.json").exists():
-        return
-    from transformers import GenerationConfig
-
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    except Exception as e:
-        raise CheckpointError(f"{path / 'generation_config.json'} could not be read: {e}") from None
-
-
-def _tokenizer(path: Path) -> Any:
-    if not (path / "tokenizer_config.json").exists() and not (path / "tokenizer.json").exists():
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as e:
-        raise CheckpointError(f"the tokenizer files of {path} could not be read: {e}") from None
+        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as e:
+        raise CheckpointError(f"{file} could not be read: {e}") from None
+    stated = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(end, int) for end in stated):
+        raise CheckpointError(f"{file} could not be read: eos_token_id is {ends!r}, expected token ids")
+    return ends

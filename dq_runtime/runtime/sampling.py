@@ -56,8 +56,9 @@ class Sampler:
         else:
             self.generator.manual_seed(sampling.seed)
 
-    def choose(self, logits: Tensor, seen: Sequence[int] | Tensor) -> int:
-        """The next token id, from float32 logits [V] and the ids seen so far (looked at only for the penalty)."""
+    def choose(self, logits: Tensor, seen: Sequence[int] | Tensor) -> Tensor:
+        """The next token id, int64 [1] on the device of the float32 ``logits`` [V], given the ids ``seen`` so far
+        (looked at only for the penalty). Nothing here waits for the device."""
         s = self.sampling
         if s.repetition_penalty != 1.0 and len(seen):
             ids = torch.unique(torch.as_tensor(seen, dtype=torch.int64, device=logits.device))
@@ -65,9 +66,9 @@ class Sampler:
             penalised = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
             logits = logits.index_copy(0, ids, penalised)
         if s.temperature == 0:
-            return int(logits.argmax())
+            return logits.argmax(keepdim=True)
         probs = filtered_probabilities(logits, s)
-        return int(torch.multinomial(probs, 1, generator=self.generator))
+        return torch.multinomial(probs, 1, generator=self.generator)
 
 
 def filtered_probabilities(logits: Tensor, s: Sampling) -> Tensor:

@@ -21,13 +21,13 @@ def sample_windows(
 ) -> Windows:
     """``count`` windows of ``length`` token ids written by ``model``; deterministic for a seed."""
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocabulary
     windows = []
     done = 0
     for start in range(0, count, BATCH):
         rows = min(BATCH, count - start)
         tokens = torch.randint(0, vocabulary, (rows, 1), generator=generator, device=model.device)
-        cache = model.start()
+        cache = model.start(rows, length)
         columns = [tokens]
         for _ in range(length - 1):
             probs = model.step(tokens, cache).softmax(-1)

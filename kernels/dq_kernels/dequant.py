@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dq_kernels.case import Case
+
 # Tile of the dequantise kernel: 32 x 128 outputs are 256 contiguous bytes a row in 16 bits, 32 a thread at 4 warps.
 DENSE_TILE = {"BN": 32, "BK": 128, "num_warps": 4, "num_stages": 1}
 
@@ -113,6 +115,14 @@ def stage(out: Tensor) -> Tensor:
     return out
 
 
+def compute_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Operand dtype of tl.dot for activations of ``dtype``: float32 for bf16 in the interpreter, whose bf16 dot
+    multiplies bit patterns."""
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return tl.float32
+    return TL_DTYPES[dtype]
+
+
 def check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int) -> None:
     """Raises ValueError unless the tensors are contiguous [N, W], [N, G], [N, G]: a kernel reads past a wrong one."""
     n, words = packed.shape
@@ -154,3 +164,23 @@ def dequantize(
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
     return out if written is out else out.copy_(written)
+
+
+def offline_cases() -> list[Case]:
+    """The dequantise kernel: every width once, zero points and tails at 3 bits."""
+    kinds = [(bits, False, 64, "bf16", 4096) for bits in (2, 3, 4, 5, 8)]
+    kinds += [(3, True, 0, "bf16", 576), (3, True, 16, "fp16", 4096), (4, True, 128, "fp32", 4096)]
+    return [
+        Case(
+            label=f"dequant {bits}-bit {'asym' if zero else 'sym'} {f'g{group}' if group else 'row'} {dtype} K={k}",
+            kernel=dequant_kernel,
+            types={"packed_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*u8", "out_ptr": f"*{dtype}", "N": "i32"},
+            constants={
+                "K": k, "BITS": bits, "GROUP": group, "HAS_ZERO": zero, "BN": DENSE_TILE["BN"],
+                "BK": min(DENSE_TILE["BK"], group) if group else DENSE_TILE["BK"],
+            },
+            options={"num_warps": DENSE_TILE["num_warps"], "num_stages": DENSE_TILE["num_stages"]},
+            aligned=("N",),
+        )
+        for bits, zero, group, dtype, k in kinds
+    ]  # fmt: skip

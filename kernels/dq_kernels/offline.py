@@ -1,9 +1,10 @@
-"""Compile the shipped kernels for sm_80 and sm_90 with no GPU and no driver, and refuse what a chip could not run well.
+"""Compile the shipped kernels for sm_80, sm_90 and newer, with no GPU and no driver, and judge the machine code.
 
-    python -m dq_kernels.offline [--all] [--jobs 2]
+    python -m dq_kernels.offline [--jobs 2] [--only stream]
 
-One line a kernel: registers, stack and local-memory instructions (spills), shared memory, the matrix instruction used.
-Exit code 1: a kernel failed to compile, spills, or wants more shared memory than the chip has. 2: cannot compile here.
+One line a kernel and chip: registers, stack, local-memory instructions (spills), shared memory, the matrix instruction,
+and integer instructions per weight in the loop around it. Exit code 1: a kernel failed to compile, or its machine code
+breaks what its module promises (case.py). 2: cannot compile here.
 """
 
 from __future__ import annotations
@@ -11,160 +12,120 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dq_kernels.case import Case
+
 # Shared memory one block may have: 163 KB of an A100's 164, 227 KB of an H100's 228 (CUDA keeps 1 KB for itself).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-
-BITS = (2, 3, 4, 5, 6, 7, 8)
-GROUPS = (16, 32, 64, 128, 0)  # 0: one scale a row
-DTYPES = ("bf16", "fp16", "fp32")  # of the activations
-SERVED = {("bf16", 2), ("bf16", 3), ("bf16", 4), ("bf16", 8), ("fp16", 3), ("fp16", 4)}
-
-
-@dataclass(frozen=True)
-class Config:
-    """One kernel to compile. ``tile``: index into qmm.TILES, or -1 for the dequantise kernel."""
-
-    arch: int
-    tile: int
-    bits: int
-    symmetric: bool
-    group: int
-    dtype: str
-    k: int
-
-    def __str__(self) -> str:
-        kernel = "dequant" if self.tile < 0 else f"qmm{self.tile}   "
-        group = f"g{self.group}" if self.group else "row"
-        zero = "sym " if self.symmetric else "asym"
-        return f"sm_{self.arch} {kernel} {self.bits}-bit {zero} {group:4} {self.dtype} K={self.k:<4}"
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+MODULES = (
+    "dequant",
+    "stream_layout",
+    "stream",
+    "grouped",
+    "lerp",
+    "adam",
+    "kl",
+    "hadamard",
+    "norm",
+    "rope",
+    "gated",
+    "attention",
+)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What ptxas made of one Config; ``error`` is empty where it compiled."""
+    """What the compiler made of one Case on one arch; ``problems`` is empty where it keeps every promise."""
 
-    config: Config
-    error: str = ""
+    label: str
+    arch: int
+    problems: tuple[str, ...]
     registers: int = 0
     stack: int = 0
     local: int = 0
     shared: int = 0
-    mma: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.error:
-            return f"FAILED: {self.error}"
-        if self.stack or self.local:
-            return "SPILLS"
-        return "TOO MUCH SHARED MEMORY" if self.shared > SHARED_LIMIT[self.config.arch] else "ok"
+    matrix: str = "-"
+    int_ops: float = 0.0
 
     def __str__(self) -> str:
-        numbers = f"{self.registers:3} regs, stack {self.stack}, LDL/STL {self.local}, shared {self.shared:6} B"
-        return f"{self.config}  {numbers}, {self.mma:5}  {self.verdict}"
+        work = f"{self.int_ops:4.2f} int/weight" if self.int_ops else " " * 15
+        return (
+            f"sm_{self.arch} {self.label:52} {self.registers:3} regs, stack {self.stack}, LDL/STL {self.local}, shared "
+            f"{self.shared:6} B, {self.matrix:5} {work}  {'; '.join(self.problems) or 'ok'}"
+        )
 
 
-def every_config() -> list[Config]:
-    """The full product at K = 4096: arch x tile x bits x sym/asym x group x dtype (fp32 in the tiles it uses)."""
-    import torch
-
-    from dq_kernels.qmm import TILES, tiles_for
-
-    axes = product(SHARED_LIMIT, range(-1, len(TILES)), BITS, (True, False), GROUPS, DTYPES)
-    configs = [Config(arch, tile, bits, sym, group, dtype, 4096) for arch, tile, bits, sym, group, dtype in axes]
-    return [c for c in configs if c.dtype != "fp32" or c.tile < len(tiles_for(torch.float32))]
+def cases_of(module: str) -> list[Case]:
+    """The cases of dq_kernels.<module>."""
+    cases: list[Case] = import_module(f"dq_kernels.{module}").offline_cases()
+    return cases
 
 
-def subset() -> list[Config]:
-    """What is compiled by default: most values of every axis, not every combination, on every arch and tile.
-
-    At group 64 (the default): 2, 3, 4 and 8 bits in bf16, 3 and 4 also in fp16, symmetric and not. Then what strains
-    the compiler most, asymmetric 3 bits (a window of two words, zero points): each other group size, fp32 activations,
-    and the masked tail of K = 576 with one scale a row. 5 bits once; 6 and 7, left out, take the same path as 5.
-    """
-    keep, tiles = [], set()
-    for c in every_config():
-        tiles.add((c.arch, c.tile))
-        served = c.group == 64 and (c.dtype, c.bits) in SERVED
-        strained = not c.symmetric and c.bits == 3 and (c.dtype == "bf16" or (c.dtype == "fp32" and c.group == 64))
-        once = not c.symmetric and c.bits == 5 and c.group == 64 and c.dtype == "bf16"
-        if served or strained or once:
-            keep.append(c)
-    return keep + [Config(arch, tile, 3, False, 0, "bf16", 576) for arch, tile in sorted(tiles)]
-
-
-def source(config: Config) -> tuple[Any, dict[str, int]]:
-    """The triton ASTSource of a config and its compile options."""
-    import triton.language as tl
+def source(case: Case) -> Any:
+    """The triton ASTSource of a case."""
     from triton.compiler import ASTSource
 
-    from dq_kernels.dequant import DENSE_TILE, dequant_kernel
-    from dq_kernels.qmm import TILES, qmm_kernel
-
-    dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[config.dtype]
-    scale = "*fp16" if config.dtype == "fp16" else "*bf16"
-    constants: dict[str, Any] = {
-        "K": config.k, "BITS": config.bits, "GROUP": config.group, "HAS_ZERO": not config.symmetric,
-    }  # fmt: skip
-    # Without zero points the launch passes the scales in their place, unread.
-    pointers = {"packed_ptr": "*i32", "scale_ptr": scale, "zero_ptr": scale if config.symmetric else "*u8"}
-    if config.tile < 0:
-        kernel, bk = dequant_kernel, DENSE_TILE["BK"]
-        constants["BN"] = DENSE_TILE["BN"]
-        options = {"num_warps": DENSE_TILE["num_warps"], "num_stages": DENSE_TILE["num_stages"]}
-        types = {**pointers, "out_ptr": f"*{config.dtype}", "N": "i32"}
-    else:
-        tile = TILES[config.tile]
-        kernel, bk = qmm_kernel, tile.BK
-        constants |= {"COMPUTE": dtype, "BM": tile.BM, "BN": tile.BN}
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        types = {**pointers, "x_ptr": f"*{config.dtype}", "y_ptr": f"*{config.dtype}", "M": "i32", "N": "i32"}
-    constants["BK"] = min(bk, config.group) if config.group else bk
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    # What a launch would find: torch's pointers are 16-byte aligned, N is a multiple of 16, M is not specialised.
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name == "N"]
+    names = case.kernel.arg_names
+    types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    # What a launch would find: torch's pointers are 16-byte aligned.
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in case.aligned]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs), options
+    return ASTSource(fn=case.kernel, signature=types, constexprs=dict(case.constants), attrs=attrs)
 
 
-def compile_one(config: Config) -> Result:
-    """Compile one config to SASS and read off what it needs."""
+def compile_one(module: str, index: int, arch: int) -> Result:
+    """Case ``index`` of a module, by number because kernels do not pickle."""
+    return judge(cases_of(module)[index], arch)
+
+
+def judge(case: Case, arch: int) -> Result:
+    """Compile a case for ``arch`` and compare the machine code with what the case promises."""
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from dq_kernels.sass import INTEGER, read_code
+
     try:
-        src, options = source(config)
-        kernel = triton.compile(src, target=GPUTarget("cuda", config.arch, 32), options=options)
-    except Exception as error:  # whatever the compiler raises is this config's verdict, not the command's end
-        return Result(config, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        tools = triton.knobs.nvidia
-        command = [tools.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
-        sass = subprocess.check_output([tools.nvdisasm.path, "-c", file.name], text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        return Result(config, error=f"cuobjdump printed no REG/STACK: {usage.strip()[-200:]}")
+        kernel = triton.compile(source(case), target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+    except Exception as error:  # whatever the compiler raises is this case's verdict, not the command's end
+        while error.__cause__ is not None:
+            error = error.__cause__  # type: ignore[assignment]
+        last = (str(error).strip().splitlines() or [""])[-1]
+        return Result(case.label, arch, (f"FAILED: {type(error).__name__}: {last}",))
+    tools = triton.knobs.nvidia
+    code = read_code(kernel.asm["cubin"], tools.cuobjdump.path, tools.nvdisasm.path)
+    local, loop = code.count("LDL", "STL"), code.inner_loop()
+    int_ops = sum(loop[name] for name in INTEGER) / case.weights_per_thread if case.weights_per_thread else 0.0
+    problems = []
+    if code.stack or local:
+        problems.append("SPILLS")
+    if kernel.metadata.shared > SHARED_LIMIT[arch]:
+        problems.append(f"MORE THAN {SHARED_LIMIT[arch]} B OF SHARED MEMORY")
+    if arch in case.mma and code.matrix() != case.mma[arch]:
+        problems.append(f"NO {case.mma[arch]}")
+    if case.async_copies and not code.wide_async_copies():
+        problems.append("NO 16-BYTE ASYNCHRONOUS COPY")
+    if case.no_i2f and code.count("I2F"):
+        problems.append("I2F")
+    if arch in case.max_int_ops and not 0 < int_ops <= case.max_int_ops[arch]:
+        problems.append(f"MORE THAN {case.max_int_ops[arch]} INTEGER INSTRUCTIONS A WEIGHT")
     return Result(
-        config,
-        registers=int(found[1]),
-        stack=int(found[2]),
-        local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        shared=kernel.metadata.shared,
-        mma=next((name for name in ("HGMMA", "HMMA") if name in sass), "-"),
+        case.label,
+        arch,
+        tuple(problems),
+        code.registers,
+        code.stack,
+        local,
+        kernel.metadata.shared,
+        code.matrix(),
+        int_ops,
     )
 
 
@@ -186,8 +147,8 @@ def missing() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Compile, print, judge; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dq_kernels.offline", description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="the full product of configurations, not the subset")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: every core)")
+    parser.add_argument("--only", choices=MODULES, help="the kernels of one module")
     args = parser.parse_args(argv)
     # The interpreter replaces @triton.jit functions at import by ones that cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -198,25 +159,24 @@ def main(argv: list[str] | None = None) -> int:
 
     import triton
 
-    configs = every_config() if args.all else subset()
+    modules = [args.only] if args.only else MODULES
+    todo = [(m, i, arch) for m in modules for i, case in enumerate(cases_of(m)) for arch in case.archs]
     start = time.monotonic()
     results = []
     # spawn: triton and torch hold threads that a fork would leave in an unknown state.
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for result in pool.map(compile_one, configs, chunksize=4):
+        for result in pool.map(compile_one, *zip(*todo, strict=True), chunksize=4):
             results.append(result)
             print(result, flush=True)
-    bad = [r for r in results if r.verdict != "ok"]
+    bad = [r for r in results if r.problems]
     worst = max(results, key=lambda r: r.shared)
     print(
-        f"most registers {max(r.registers for r in results)}, most shared memory {worst.shared} B "
-        f"(limits {SHARED_LIMIT[80]} and {SHARED_LIMIT[90]} B)"
+        f"most registers {max(r.registers for r in results)}, most shared memory {worst.shared} B of "
+        f"{SHARED_LIMIT[worst.arch]}"
     )
-    extent = "the full product" if args.all else "a subset; --all compiles the full product"
     print(
-        f"{len(results) - len(bad)} of {len(results)} kernels compiled cleanly for sm_80 and sm_90 ({extent}) in "
-        f"{time.monotonic() - start:.0f} s with triton {triton.__version__}; "
-        "nothing has been run on a GPU by this command"
+        f"{len(results) - len(bad)} of {len(results)} kernels keep their promises, compiled in "
+        f"{time.monotonic() - start:.0f} s with triton {triton.__version__}; nothing was run on a GPU by this command"
     )
     return 1 if bad else 0
 

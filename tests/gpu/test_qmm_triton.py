@@ -25,6 +25,7 @@ from torch import Tensor
 from dq_runtime.backends.base import Call
 from dq_runtime.backends.reference import Reference
 from dq_runtime.backends.triton_cuda import TritonCuda
+from dq_runtime.errors import BackendError
 from dq_runtime.packing import PackedWeight, pack_codes, words_per_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,20 +68,31 @@ def cases(
     ]
 
 
-# N = 50 is a multiple of no tile; K = 50 (one scale a row) leaves a tail in every tile and in the last word.
-SMALL = [(50, 96, 16), (50, 96, 32), (50, 50, 50), (50, 128, 64), (34, 256, 128)]
+# N = 50 is a multiple of no tile; K = 96 and 160 end inside a K-block of the streaming order.
+SMALL = [(50, 96, 32), (50, 128, 64), (34, 256, 128), (50, 160, 160)]
 RAGGED = [(192, 576, 64), (192, 576, 576)]
-INTERPRETED = [
-    *cases(SMALL, M_VALUES, (BF16, FP16, FP32), (2, 3, 4, 8), each=2),  # 80 of 280: the interpreter is slow
-    *cases(RAGGED, (3, 65, 17), (FP16, FP32, BF16, FP16), (2, 3, 4, 8), each=1),
-    *cases([(50, 96, 32)], (3,), (BF16,), (5, 6, 7)),
+INTERPRETED = [  # the interpreter takes a second a case
+    *cases([(50, 96, 32)], M_VALUES, (BF16, FP16), (2, 3, 4, 8), each=1),
+    *cases([(34, 256, 128), (50, 160, 160)], (65, 1, 16, 2), (FP16, BF16), (2, 3, 4, 8), each=1)[::2],
+    *cases(RAGGED[:1], (3, 17), (FP16, BF16), (3, 4), each=1)[1:3],
+    *cases([(50, 96, 32)], (3,), (BF16,), (5, 6)),
 ]
 ON_GPU = [
-    *cases(SMALL, M_VALUES, (BF16, FP16, BF16), (2, 3, 4, 8), each=3),  # each new tile of a weight compiles for ~0.7 s
-    *cases(RAGGED, M_VALUES, (BF16, FP16, BF16), (2, 3, 4, 8)),
-    *cases([(1536, 576, 64), (576, 1536, 128)], (1, 16, 64, 256), (BF16, FP16), (2, 3, 4, 8)),
-    *cases([(4096, 4096, 64), (14336, 4096, 128)], (1, 16, 64, 256), (BF16, FP16), (3, 4)),
-    *cases([(50, 96, 32)], (3, 65), (BF16, FP16, FP32), (5, 6, 7)),
+    *cases(SMALL, M_VALUES, (BF16, FP16, BF16), (2, 3, 4, 8), each=1),  # each new tile of a weight compiles for ~1 s
+    *cases(RAGGED, M_VALUES, (BF16, FP16, BF16), (2, 3, 4, 8), each=3),
+    *cases([(1536, 576, 64), (576, 1536, 128)], (1, 16, 32, 64), (BF16, FP16), (3, 4), each=2),
+    *cases([(50, 96, 32)], (3, 65), (BF16, FP16), (5, 6, 7)),
+]
+SERVED = [  # every row of the table: tokens up to each limit, and past the last one
+    *cases([(4096, 4096, 64)], (1, 32, 64, 128, 256, 300), (BF16,), (2, 3, 4, 8)),
+    *cases([(9000, 1024, 64)], (16, 32, 64, 128, 256), (FP16, BF16), (3, 8)),
+    *cases([(14336, 4096, 128)], (7, 200), (BF16,), (3,)),
+]
+NOT_STREAMED = [
+    *cases(
+        [(50, 96, 16), (50, 50, 50)], (3, 17), (BF16, FP16), (3, 4), each=1
+    ),  # groups of 16, and K not a multiple of 32
+    *cases([(50, 96, 32)], (3,), (FP32,), (3,)),
 ]
 DENSE = [
     *cases([(50, 96, 32), (50, 50, 50)], (0,), (BF16, FP16, FP32), (2, 3, 4, 5, 6, 7, 8)),
@@ -139,32 +151,69 @@ def assert_within(y: Tensor, x: Tensor, weight: Tensor, extra: float = 0.0) -> N
 
 
 def check_matmul(case: Case, device: str) -> None:
-    """The backend and both kernel paths, each twice: right, inside its output, and bit-equal."""
-    from dq_kernels.qmm import fused_max_m, qmm_dense, qmm_fused
+    """The canonical order, decoded anew, and the streaming order as served: right, inside the output, bit-equal."""
+    from dq_kernels.stream import Tile, decode_stream, qmm_stream
+    from dq_kernels.stream_layout import stream_weight
 
     x, w = make(case, device)
-    decoded, rounded = w.decode(), w.decode(dtype=case.dtype)
-    roundoff = torch.finfo(case.dtype).eps / 2
     backend = TritonCuda()
     assert backend.available() is None
     assert backend.can_run(Call.qmm(x, w)) is None
-    # Past the fused kernel's M the weights are rounded to x's dtype first.
+    decoded, rounded = w.decode(), w.decode(dtype=case.dtype)
+    roundoff = torch.finfo(case.dtype).eps / 2
     y = backend.qmm(x, w)
     assert y.dtype == case.dtype
-    assert_within(y, x, decoded, roundoff if case.m > fused_max_m(case.dtype) else 0.0)
+    assert_within(y, x, decoded, roundoff)
     assert_within(Reference().qmm(x, w), x, decoded)
 
-    for run, weight in ((qmm_fused, decoded), (qmm_dense, rounded)):
-        if run is qmm_dense and case.m not in (3, 65, 256):
-            continue  # its only kernel does not see M
-        if device == "cpu" and run is qmm_fused and case.m <= fused_max_m(case.dtype) and case.m != 3:
-            continue  # the backend just ran it, and the interpreter is slow
+    prepared = backend.prepare(w, case.dtype)
+    assert prepared is not None
+    # One scale a row multiplies the sums, in float32; so does the interpreter with bf16 weights, which it cannot round.
+    weight = decoded if case.group == case.k or (device == "cpu" and case.dtype == BF16) else rounded
+    if device == "cuda":
+        assert_within(backend.qmm_prepared(x, prepared), x, weight)
+    streamed = stream_weight(w.packed, w.scale, w.zero, bits=w.bits, k=w.k)
+    dense = poisoned(case.n, case.k, x)
+    decode_stream(streamed, dense[1:-1])
+    assert torch.equal(dense[1:-1], rounded), "the streaming order does not decode to the bits of PackedWeight.decode"
+    assert torch.isnan(dense[[0, -1]]).all(), "decoding wrote outside its output"
+    for split in (1, 3) if device == "cuda" else (2,):
         outs = [poisoned(case.m, case.n, x) for _ in range(2)]
         for out in outs:
-            run(x, w.packed, w.scale, w.zero, bits=w.bits, out=out[1:-1])
-        assert_within(outs[0][1:-1], x, weight, roundoff if run is qmm_dense and device == "cuda" else 0.0)
+            qmm_stream(
+                x,
+                streamed,
+                Tile(BM=16, BN=16 if device == "cpu" else 64, num_warps=4, num_stages=3, split=split),
+                out[1:-1],
+            )
+        assert_within(outs[0][1:-1], x, weight)
         assert torch.equal(outs[0][1:-1], outs[1][1:-1]), "two runs differ"
         assert torch.isnan(outs[0][[0, -1]]).all(), "wrote outside its output"
+
+
+def check_served(case: Case, device: str) -> None:
+    """What the shipped table launches, eight times on poisoned outputs: a racy kernel was right 7 times in 10."""
+    from dq_kernels.qmm import qmm_prepared
+    from dq_kernels.stream_layout import stream_weight
+
+    x, w = make(case, device)
+    streamed = stream_weight(w.packed, w.scale, w.zero, bits=w.bits, k=w.k)
+    outs = [poisoned(case.m, case.n, x) for _ in range(8)]
+    for out in outs:
+        qmm_prepared(x, streamed, out[1:-1])
+    # Decoded for torch.mm a row's scale is applied before the one rounding; streamed, to the float32 sums.
+    row = torch.finfo(case.dtype).eps / 2 if case.group == case.k else 0.0
+    assert_within(outs[0][1:-1], x, w.decode(dtype=case.dtype), row)
+    assert all(torch.equal(out[1:-1], outs[0][1:-1]) for out in outs), "two runs differ"
+    assert torch.isnan(outs[0][[0, -1]]).all(), "wrote outside its output"
+
+
+def check_not_streamed(case: Case, device: str) -> None:
+    """Weights that the streaming order does not hold are multiplied from the canonical one."""
+    x, w = make(case, device)
+    backend = TritonCuda()
+    assert backend.prepare(w, case.dtype) is None
+    assert_within(backend.qmm(x, w), x, w.decode(), torch.finfo(case.dtype).eps / 2)
 
 
 def check_dense(case: Case, device: str) -> None:
@@ -186,14 +235,23 @@ def check_dispatch(case: Case, device: str) -> None:
     os.environ["DQ_BACKEND"] = "triton"
     y = dispatch.qmm(torch.stack([x, -x]), w)
     assert y.shape == (2, case.m, case.n)
-    assert_within(y[0], x, w.decode())
+    assert_within(y[0], x, w.decode(), torch.finfo(case.dtype).eps / 2)
     assert torch.equal(y[0], -y[1])
+    prepared = dispatch.prepare(w, case.dtype)
+    assert prepared is not None
+    assert prepared.backend == "triton"
+    z = dispatch.qmm_prepared(torch.stack([x, -x]), prepared)
+    assert_within(z[0], x, w.decode(), torch.finfo(case.dtype).eps / 2)
+    assert torch.equal(z[0], -z[1])
+    with pytest.raises(BackendError, match=r"prepared for .* activations, got"):
+        dispatch.qmm_prepared(x.half(), prepared)
 
 
 DISPATCHED = Case(3, True, 50, 96, 32, 3, BF16)
 CHECKS: dict[str, tuple[Callable[[Case, str], None], list[Case]]] = {
     "matmul": (check_matmul, INTERPRETED),
     "dense": (check_dense, DENSE),
+    "not-streamed": (check_not_streamed, NOT_STREAMED),
     "dispatch": (check_dispatch, [DISPATCHED]),
 }
 
@@ -307,6 +365,18 @@ def test_matmul_on_gpu(case: Case, cuda: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_served_on_gpu(case: Case, cuda: str) -> None:
+    check_served(case, cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", NOT_STREAMED, ids=str)
+def test_not_streamed_on_gpu(case: Case, cuda: str) -> None:
+    check_not_streamed(case, cuda)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_dense_on_gpu(case: Case, cuda: str) -> None:
     check_dense(case, cuda)
@@ -332,6 +402,45 @@ def test_offsets_beyond_2_to_31_on_gpu(cuda: str) -> None:
     for rows in (slice(0, 8), slice(65530, 65540), slice(n - 8, n)):
         want = PackedWeight(packed[rows], scale[rows], None, 2, k).decode(dtype=BF16)
         assert torch.equal(dense[rows], want)
+
+
+@pytest.mark.gpu
+def test_a_graph_captures_split_tiles_only_after_a_first_run(cuda: str) -> None:
+    """Captured launches share arrival counters made outside: replays stay right, and alternate with eager calls."""
+    from dq_kernels import stream
+    from dq_kernels.stream_layout import stream_weight
+
+    x, w = make(Case(3, True, 256, 4096, 64, 5, BF16), cuda)
+    streamed = stream_weight(w.packed, w.scale, w.zero, bits=3, k=4096)
+    tile = stream.Tile(16, 64, 4, 3, split=8)
+    eager = stream.qmm_stream(x, streamed, tile)
+    out = torch.full_like(eager, float("nan"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stream.qmm_stream(x, streamed, tile, out)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(stream.qmm_stream(x, streamed, tile), eager)
+        assert torch.equal(out, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_torch_compile_and_opcheck_on_gpu(tokens: int, cuda: str) -> None:
+    from dq_runtime.modules.quant_linear import QuantLinear
+    from dq_runtime.transforms import TRANSFORMS
+
+    x, w = make(Case(3, True, 256, 512, 64, tokens, BF16), cuda)
+    linear = QuantLinear(w, None, TRANSFORMS.get("identity")())
+    linear.prepare(BF16)
+    with torch.inference_mode():
+        want = linear(x)
+        assert torch.equal(torch.compile(linear, fullgraph=True)(x), want)
+    p = linear.prepared
+    assert p is not None
+    args = (x, list(p.tensors), p.backend, p.n, p.k, p.bits, p.group_size, p.symmetric, p.x_dtype)
+    torch.library.opcheck(torch.ops.dq_runtime.qmm_prepared.default, args)
 
 
 if __name__ == "__main__":

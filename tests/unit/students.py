@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq_runtime.backends import training
 from dq_runtime.errors import Interrupted
 from dq_runtime.grids import GRIDS
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import StudentLinear
 from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
 from dq_runtime.rounding import Job
+from dq_runtime.rounding.base import AdamStep, Moments
 from dq_runtime.runtime.dense import load_dense
 from dq_runtime.spec import GridSpec
 from dq_runtime.transforms import TRANSFORMS
@@ -49,6 +51,16 @@ class FakeLayer:
     def mean_squared_step(self) -> float:
         return 0.01
 
+    def moments(self) -> Moments:
+        return Moments(torch.zeros_like(self.y), torch.zeros_like(self.y))
+
+    def step(self, moments: Moments, hyper: AdamStep) -> Tensor:
+        assert self.x.grad is not None
+        x, grad = self.x.detach(), self.x.grad
+        undecided = training.projected_adam(x, grad, moments.m, moments.v, self.y, self.free, hyper)
+        self.x.grad = None
+        return undecided
+
     def codes(self) -> Tensor:
         return self.lo + self.x.detach().round().to(torch.uint8)
 
@@ -62,9 +74,11 @@ class FakeStudent:
         self.asked: list[int] = []
         self._kl = kl
 
-    def kl(self, window: int) -> Tensor:
+    def kl_backward(self, window: int) -> Tensor:
         self.asked.append(window)
-        return self._kl(self.layers["layer"].x, window)
+        loss = self._kl(self.layers["layer"].x, window)
+        loss.backward()
+        return loss.detach()
 
 
 class MemoryStore:

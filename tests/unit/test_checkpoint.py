@@ -32,10 +32,8 @@ def quantized(model: Path, text: Path, output: Path, grid: GridSpec, overrides: 
     return output
 
 
-@torch.no_grad()
 def our_logits(path: Path) -> torch.Tensor:
-    logits: torch.Tensor = dq_runtime.load(path, "cpu", torch.float32).model(input_ids=TOKENS).logits
-    return logits
+    return dq_runtime.load(path, "cpu", torch.float32, exact=True).logits(TOKENS)
 
 
 @torch.no_grad()
@@ -66,10 +64,12 @@ def test_transformers_reads_asymmetric_checkpoints(
 ) -> None:
     from transformers import CompressedTensorsConfig
 
+    from dq_runtime.runtime.skeleton import load_through_transformers
+
     path = quantized(tiny_model, tiny_text, tmp_path / "out", GridSpec(bits=bits, symmetric=False))
     # transformers 5.23 keeps only symmetric weights compressed; dequantizing rounds each weight to the scale's dtype.
     theirs = their_logits(path, quantization_config=CompressedTensorsConfig(dequantize=True))
-    ours = dq_runtime.load(path, "cpu", torch.float32).model
+    ours = load_through_transformers(open_checkpoint(path), "cpu", torch.float32).model
     for name, w in open_checkpoint(path).packed():
         dense = torch.nn.Linear(w.k, w.n, bias=False)
         dense.weight = torch.nn.Parameter(w.decode(dtype=torch.bfloat16).float())

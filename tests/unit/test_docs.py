@@ -83,3 +83,23 @@ def test_the_figure_of_self_sampled_calibration_is_the_committed_result() -> Non
     readme = (ROOT / "README.md").read_text()
     for name in ("nearest", "real", "self_sampled"):
         assert f"{result['kl'][name]:.3f}" in readme
+
+
+def test_the_gpu_figures_of_the_readme_are_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_report
+
+    readme = (ROOT / "README.md").read_text()
+    (name,) = re.findall(r"benchmarks/results/(gpu_\w+[-\d]+\.json)", readme)
+    report = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    assert "\n".join(gpu_report.table(report)) in readme
+    alone = {row["bits"]: row for row in report["decode"] if row["batch"] == 1 and row["head_bits"] == 16}
+    for bits in (3, 4):
+        assert f"{alone[bits]['median_us'] / 1000:.2f} ms at {bits} bits" in readme
+        assert f"{alone[bits]['fraction_of_copy']:.0%}" in readme
+    plain, fused = (row for row in report["discquant_step"]["rows"])
+    seconds = (fused["seconds"]["median"] * 1000, plain["seconds"]["median"] * 1000)
+    assert f"takes {seconds[0]:.0f} ms against {seconds[1]:.0f} ms" in readme
+    assert f"with {fused['peak_memory_bytes'] / plain['peak_memory_bytes']:.0%}\nof its memory" in readme.replace(
+        " of its memory", "\nof its memory"
+    )

@@ -15,62 +15,61 @@ from torch import Tensor
 
 import dq_runtime
 from dq_runtime.errors import DQError, SpecError
+from dq_runtime.packing.checkpoint import open_checkpoint
 from dq_runtime.runtime import generate as module
+from dq_runtime.runtime import language_model
 from dq_runtime.runtime.generate import generate, stream
-from dq_runtime.runtime.language_model import LanguageModel
+from dq_runtime.runtime.language_model import LanguageModel, LeanModel, TransformersModel
 from dq_runtime.runtime.load import load
 from dq_runtime.runtime.sampling import Sampling
+from dq_runtime.runtime.skeleton import load_through_transformers
 
 PROMPTS = ["Anna found a red lamp", "Later", "The mayor sold 12 apples. Then", "naïve ☃ 😀"]
 
 
 @pytest.fixture(scope="module")
-def model(packed_model: Path) -> LanguageModel:
-    return load(packed_model, "cpu")
+def model(packed_model: Path) -> LeanModel:
+    loaded = load(packed_model, "cpu", exact=True)
+    assert isinstance(loaded, LeanModel)
+    return loaded
 
 
-class Scripted:
-    """A model that says exactly these tokens, whatever it is asked, and then its end token for ever."""
+@pytest.fixture(scope="module")
+def reference(packed_model: Path) -> Any:
+    """The same checkpoint in transformers' own code."""
+    return load_through_transformers(open_checkpoint(packed_model), "cpu", torch.float32).model
 
-    def __init__(self, tokens: list[int], vocabulary: int, end: int | None, context: int = 4096) -> None:
-        self.tokens, self.vocabulary, self.end, self.context = tokens, vocabulary, end, context
+
+class Scripted(LanguageModel):
+    """Says exactly these tokens, whatever it is asked, and then its end token for ever."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokens: list[int], vocabulary: int, tokenizer: Any, context: int = 4096) -> None:
+        super().__init__(tokenizer, "scripted")
+        self.tokens, self.vocabulary, self.context_length = tokens, vocabulary, context
         self.said = 0
 
-    def language_model(self, tokenizer: Any) -> LanguageModel:
-        embedding = torch.nn.Embedding(self.vocabulary, 1)
-        script = self
+    def start(self, batch: int, capacity: int) -> Any:
+        self.said = 0
 
-        class Config:
-            max_position_embeddings = self.context
+    def step(self, tokens: Tensor, cache: Any) -> Tensor:
+        logits = torch.zeros(1, self.vocabulary)
+        last = next(iter(self.end_tokens()), self.tokens[-1])
+        logits[0, self.tokens[self.said] if self.said < len(self.tokens) else last] = 1.0
+        self.said += 1
+        return logits
 
-            def get_text_config(self) -> Any:
-                return self
+    def logits(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
 
-        class Model(torch.nn.Module):
-            config = Config()
-            generation_config = None
-
-            def get_input_embeddings(self) -> torch.nn.Module:
-                return embedding
-
-        class Speaker(LanguageModel):
-            def start(self) -> Any:
-                script.said = 0
-                return None
-
-            def step(self, tokens: Tensor, cache: Any) -> Tensor:
-                logits = torch.zeros(1, script.vocabulary)
-                last = script.end if script.end is not None else script.tokens[-1]
-                logits[0, script.tokens[script.said] if script.said < len(script.tokens) else last] = 1.0
-                script.said += 1
-                return logits
-
-        return Speaker(Model(), tokenizer, "scripted")
+    def end_tokens(self) -> set[int]:
+        return self._ends(None)
 
 
 def _speaker(model: LanguageModel, tokens: list[int]) -> LanguageModel:
     """Says ``tokens`` with the tokenizer of ``model``."""
-    return Scripted(tokens, len(model.tokenizer), model.tokenizer.eos_token_id).language_model(model.tokenizer)
+    return Scripted(tokens, len(model.tokenizer), model.tokenizer)
 
 
 def _ids(model: LanguageModel, text: str) -> list[int]:
@@ -86,7 +85,7 @@ def _bytes(model: LanguageModel, data: bytes) -> list[int]:
     for value in data:
         # ByteLevel shows byte b as a printable character; for valid UTF-8 of one byte that is easy to obtain, for the
         # others it is the b-th of the printable substitutes.
-        ids.append(model.tokenizer.convert_tokens_to_ids(_BYTE_CHARACTERS[value]))
+        ids.append(model.tokenizer.token_id(_BYTE_CHARACTERS[value]))
     assert None not in ids
     assert len(ByteLevel.alphabet()) == 256
     return ids
@@ -104,11 +103,11 @@ _BYTE_CHARACTERS = _byte_characters()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_ids_equal_transformers_generate(model: LanguageModel, prompt: str) -> None:
+def test_greedy_ids_equal_transformers_generate(model: LanguageModel, reference: Any, prompt: str) -> None:
     ids = model.encode(prompt)
     ours = generate(model, prompt, max_tokens=24)
     with torch.no_grad():
-        theirs = model.model.generate(
+        theirs = reference.generate(
             torch.tensor([ids]), do_sample=False, max_new_tokens=24, pad_token_id=0, return_dict_in_generate=False
         )[0, len(ids) :].tolist()
     ends = model.end_tokens()
@@ -125,7 +124,9 @@ def test_our_packed_model_says_what_transformers_loads_from_the_same_directory_s
     theirs = AutoModelForCausalLM.from_pretrained(packed_model, dtype=torch.float32)
     with torch.no_grad():
         expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, pad_token_id=0)
-    assert generate(packed_model, ids, max_tokens=12).tokens == expected[0, len(ids) :].tolist()
+    assert (
+        generate(load(packed_model, "cpu", exact=True), ids, max_tokens=12).tokens == expected[0, len(ids) :].tolist()
+    )
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -189,7 +190,7 @@ def test_broken_bytes_come_out_as_in_a_one_shot_decode(model: LanguageModel, dat
 
 
 def test_special_tokens_inside_the_answer_are_not_shown(model: LanguageModel) -> None:
-    special = model.tokenizer.convert_tokens_to_ids("<|user|>")
+    special = model.tokenizer.token_id("<|user|>")
     tokens = [*_ids(model, "before"), special, *_ids(model, " after")]
     result = generate(_speaker(model, tokens), "x", max_tokens=500)
     assert result.text == "before after" == model.decode(tokens)
@@ -228,10 +229,8 @@ def test_stop_strings_never_leak(model: LanguageModel, text: str, stop: list[str
 
 def test_a_stop_string_before_a_cut_character_does_not_leak_at_the_end(model: LanguageModel) -> None:
     """The stop string and the first byte of a character in one token, and then the answer ends."""
-    tokenizer = model.tokenizer
     tokens = [*_ids(model, "hi"), *_bytes(model, b"!\xf0")]
-    joined = LanguageModel(model.model, tokenizer, "x")
-    text = module._TextStream(joined, ["!"])
+    text = module._TextStream(model, ["!"])
     text._pending = tokens[:-1]  # as if these bytes were one token
     text._pending.append(tokens[-1])
     assert text.flush() == "hi"
@@ -293,8 +292,8 @@ def test_chat_without_a_template_is_one_sentence(model: LanguageModel, monkeypat
         generate(model, "hi", chat=True)
 
 
-def test_token_ids_need_no_tokenizer(model: LanguageModel) -> None:
-    bare = LanguageModel(model.model, None, "bare")
+def test_token_ids_need_no_tokenizer(model: LeanModel) -> None:
+    bare = LeanModel(model.decoder, None, None, "bare")
     ids = model.encode(PROMPTS[0])
     pieces: list[str] = []
     result = generate(bare, ids, max_tokens=8, on_text=pieces.append)
@@ -335,24 +334,28 @@ def test_max_tokens_are_clipped_at_the_context(model: LanguageModel) -> None:
     result = generate(model, [5] * 250, max_tokens=100, sampling=Sampling(1.0, seed=0))
     assert len(result.tokens) == 6 or result.finish == "end"
     # The last position of the context is used: prompt and answer fill it exactly.
-    full = Scripted([7] * 100, 300, None, context=20).language_model(None)
+    full = Scripted([7] * 100, 300, None, context=20)
     assert len(generate(full, [5] * 15, max_tokens=100).tokens) == 5
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
-def test_prefill_in_chunks_equals_one_pass(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_prompts_in_passes_equal_one_pass_in_transformers_too(
+    model: LanguageModel, reference: Any, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    through = TransformersModel(reference, model.tokenizer, "x")
     prompt = model.encode(PROMPTS[2])
-    assert 7 < len(prompt) < module.PREFILL_CHUNK
-    whole = generate(model, prompt, max_tokens=12)
-    monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
-    assert generate(model, prompt, max_tokens=12).tokens == whole.tokens
+    assert 7 < len(prompt) < language_model.CHUNK
+    whole = generate(through, prompt, max_tokens=12)
+    assert whole.tokens == generate(model, prompt, max_tokens=12).tokens
+    monkeypatch.setattr(language_model, "CHUNK", chunk)
+    assert generate(through, prompt, max_tokens=12).tokens == whole.tokens
 
 
-def test_a_cached_step_gives_the_logits_of_the_whole_sequence(model: LanguageModel) -> None:
+def test_a_cached_step_gives_the_logits_of_the_whole_sequence(model: LanguageModel, reference: Any) -> None:
     ids = torch.tensor([model.encode(PROMPTS[2])])
     with torch.no_grad():
-        expected = model.model(input_ids=ids, use_cache=False).logits[0]
-    cache = model.start()
+        expected = reference(input_ids=ids, use_cache=False).logits[0]
+    cache = model.start(*ids.shape)
     for i in range(ids.shape[1]):
         torch.testing.assert_close(model.step(ids[:, i : i + 1], cache)[0], expected[i], rtol=1e-4, atol=1e-4)
 

@@ -18,6 +18,8 @@ from dq_runtime.modules.quant_linear import QuantLinear
 from dq_runtime.modules.surgery import is_conv1d, linears
 from dq_runtime.packing.checkpoint import open_checkpoint
 from dq_runtime.runtime.dense import load_dense
+from dq_runtime.runtime.language_model import LeanModel, TransformersModel
+from dq_runtime.runtime.skeleton import load_through_transformers
 from dq_runtime.spec import GridSpec, Override, QuantSpec, RoundingSpec
 
 TOKENS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -68,7 +70,7 @@ def _quantize(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def _check_against_dense(source: Path, output: Path) -> None:
-    """Our loader's logits are those of the original model with the decoded weights put in place of its own."""
+    """Our logits, loaded either way, are those of the original model with the decoded weights in place of its own."""
     dense = load_dense(str(source)).model
     packed = dict(open_checkpoint(output).packed())
     dtype = getattr(torch, json.loads((output / "config.json").read_text())["dtype"])
@@ -80,12 +82,12 @@ def _check_against_dense(source: Path, output: Path) -> None:
             decoded = w.decode()
             module.weight.copy_(decoded.t() if is_conv1d(module) else decoded)
         expected = dense(input_ids=TOKENS).logits
-        loaded = dq_runtime.load(output, "cpu").model
-        served = [m for m in loaded.modules() if isinstance(m, QuantLinear)]
-        assert len(served) == len(packed)
-        logits = loaded(input_ids=TOKENS).logits
-    assert logits.std() > 0.1
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    skeleton = load_through_transformers(open_checkpoint(output), "cpu", torch.float32)
+    served = [m for m in skeleton.model.modules() if isinstance(m, QuantLinear)]
+    assert len(served) == len(packed)
+    assert expected.std() > 0.1
+    for loaded in (skeleton, dq_runtime.load(output, "cpu", exact=True)):
+        torch.testing.assert_close(loaded.logits(TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gpt2_conv1d(tmp_path: Path) -> None:
@@ -99,6 +101,7 @@ def test_gpt2_conv1d(tmp_path: Path) -> None:
     assert names["transformer.h.1.mlp.c_proj"] == (64, 256)
     assert len(names) == 8
     _check_against_dense(source, tmp_path / "out")
+    assert isinstance(dq_runtime.load(tmp_path / "out", "cpu"), TransformersModel)
 
     # compressed-tensors readers know no Conv1D: transformers would fill in random weights, so it must refuse.
     config_json = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -124,7 +127,7 @@ def test_qwen2_with_biases(tmp_path: Path) -> None:
     _quantize(source, tmp_path / "out", grid=GridSpec(bits=4, group_size=16, symmetric=False))
     biases = [n for n in open_checkpoint(tmp_path / "out").dense if n.endswith("_proj.bias")]
     assert len(biases) == 6
-    loaded = dq_runtime.load(tmp_path / "out", "cpu").model
+    loaded = load_through_transformers(open_checkpoint(tmp_path / "out"), "cpu", torch.float32).model
     assert loaded.get_submodule("model.layers.0.self_attn.q_proj").bias.abs().max() > 0.1
     _check_against_dense(source, tmp_path / "out")
 
@@ -134,6 +137,7 @@ def test_an_untied_head_stays_dense_unless_asked(tmp_path: Path) -> None:
     report = _quantize(source, tmp_path / "out")
     assert "lm_head" not in {row["name"] for row in report["layers"]}
     assert "lm_head.weight" in open_checkpoint(tmp_path / "out").dense
+    assert isinstance(dq_runtime.load(tmp_path / "out", "cpu"), LeanModel)
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert ignored == ["lm_head"]
     _check_against_dense(source, tmp_path / "out")
@@ -195,7 +199,7 @@ def test_transformers_reads_mixed_widths_to_the_same_logits(tmp_path: Path) -> N
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         expected = theirs(input_ids=TOKENS).logits
-        logits = dq_runtime.load(tmp_path / "out", "cpu").model(input_ids=TOKENS).logits
+    logits = dq_runtime.load(tmp_path / "out", "cpu", exact=True).logits(TOKENS)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -98,26 +98,26 @@ def test_greedy_is_argmax_whatever_the_filters() -> None:
     for seed in range(20):
         logits = _logits(seed)
         sampler = Sampler(Sampling(temperature=0, top_k=3, top_p=0.2, min_p=0.5), CPU)
-        assert sampler.choose(logits, NOTHING_SEEN) == int(logits.argmax())
+        assert int(sampler.choose(logits, NOTHING_SEEN)) == int(logits.argmax())
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
 def test_a_temperature_close_to_zero_is_greedy_and_not_an_error(temperature: float) -> None:
     logits = _logits(1, spread=20.0)
-    assert Sampler(Sampling(temperature, seed=0), CPU).choose(logits, NOTHING_SEEN) == int(logits.argmax())
+    assert int(Sampler(Sampling(temperature, seed=0), CPU).choose(logits, NOTHING_SEEN)) == int(logits.argmax())
 
 
 def test_logits_of_minus_infinity_are_never_drawn() -> None:
     logits = torch.full((8,), -torch.inf)
     logits[[2, 5]] = 0.0
     sampler = Sampler(Sampling(1.0, top_k=6, top_p=0.99, min_p=0.01, seed=0), CPU)
-    assert {sampler.choose(logits, NOTHING_SEEN) for _ in range(50)} == {2, 5}
+    assert {int(sampler.choose(logits, NOTHING_SEEN)) for _ in range(50)} == {2, 5}
 
 
 def test_a_seed_repeats_and_seeds_differ() -> None:
     def draws(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(1.0, seed=seed), CPU)
-        return [sampler.choose(_logits(0), NOTHING_SEEN) for _ in range(30)]
+        return [int(sampler.choose(_logits(0), NOTHING_SEEN)) for _ in range(30)]
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
@@ -135,9 +135,9 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once
     penalised = torch.tensor([1.0, -2.0, 1.5, 0.0])
     seen = torch.tensor([0, 1, 0, 0, 3])  # a token seen three times is penalised once (CTRL)
     sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), CPU)
-    assert sampler.choose(logits, seen) == 2
+    assert int(sampler.choose(logits, seen)) == 2
     draws = Sampler(Sampling(1.0, repetition_penalty=2.0, seed=0), CPU)
-    counts = torch.bincount(torch.tensor([draws.choose(logits, seen) for _ in range(2000)]), minlength=4)
+    counts = torch.bincount(torch.tensor([int(draws.choose(logits, seen)) for _ in range(2000)]), minlength=4)
     torch.testing.assert_close(counts / 2000, penalised.softmax(-1), rtol=0, atol=0.05)
 
 
@@ -147,7 +147,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once
 def test_twenty_thousand_draws_follow_the_distribution(sampling: Sampling) -> None:
     logits, n = _logits(3, size=20, spread=1.0), 20_000
     sampler = Sampler(sampling, CPU)
-    counts = torch.bincount(torch.tensor([sampler.choose(logits, NOTHING_SEEN) for _ in range(n)]), minlength=20)
+    counts = torch.bincount(torch.tensor([int(sampler.choose(logits, NOTHING_SEEN)) for _ in range(n)]), minlength=20)
     probs = torch.tensor(_brute(logits, sampling), dtype=torch.float64)
     possible = probs > 0
     assert counts[~possible].sum() == 0

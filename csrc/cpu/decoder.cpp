@@ -1,0 +1,410 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "pool.h"
+#include "vec.h"
+
+namespace dq {
+namespace {
+
+// Positions that one unit of a one-token step attends to: a fixed number, so that the result does not depend on the
+// number of threads. 256 positions of 3 heads are about 5 us.
+constexpr int64_t kSplit = 256;
+// Tokens from which a matmul with too few rows for all threads is cut along the tokens too.
+constexpr int64_t kTokenCut = 64;
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+template <typename T>
+T* aligned(std::vector<unsigned char>& bytes, int64_t offset) {
+    const uintptr_t base = (reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(base + static_cast<uintptr_t>(offset));
+}
+
+template <typename T>
+void grow(std::vector<T>& v, int64_t size) {
+    if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
+}
+
+}  // namespace
+
+// One step: which phases there are, how many units each has, and what a unit does. A layer is ten phases; the sum of a
+// residual branch is added by the phase that next normalises x, so that a matmul only ever stores.
+struct Decoder::Phases {
+    enum Kind { kNormIn, kQkv, kRotate, kAttend, kMixed, kO, kNormMid, kGateUp, kQuantize, kDown, kPerLayer };
+
+    Decoder& d;
+    const DecoderModel& m;
+    const Kernels& k;
+    const Step& step;
+    int64_t tokens;  // batch * count
+    int64_t wanted;  // tokens whose logits are asked for
+    int64_t splits;  // of a one-token step's positions
+
+    int layers() const { return static_cast<int>(m.layers.size()); }
+    // embed, the layers, final norm, head, soft cap
+    int phases() const { return 1 + kPerLayer * layers() + 2 + (m.logit_softcap > 0.0f ? 1 : 0); }
+
+    int64_t heads_per_kv() const { return m.heads / m.kv_heads; }
+    int64_t tokens_per_attend() const { return std::max<int64_t>(1, kAttendRows / heads_per_kv()); }
+    int64_t qkv_stride() const { return m.layers[0].qkv.w.blocks() * kRows; }
+    int64_t mixed_stride() const { return m.heads * m.head_dim; }
+    int64_t gate_stride() const { return round_up(m.intermediate, kRows); }
+
+    int64_t units(int phase) const {
+        if (phase == 0) return tokens;
+        const int in_layers = phase - 1;
+        if (in_layers >= kPerLayer * layers()) {
+            const int last = in_layers - kPerLayer * layers();
+            return last == 1 ? matmul_units(m.head, wanted, false) : wanted;
+        }
+        const DecoderLayer& layer = m.layers[static_cast<size_t>(in_layers / kPerLayer)];
+        switch (in_layers % kPerLayer) {
+            case kQkv: return matmul_units(layer.qkv, tokens, false);
+            case kO: return matmul_units(layer.o, tokens, false);
+            case kGateUp: return matmul_units(layer.gate_up, tokens, true);
+            case kDown: return matmul_units(layer.down, tokens, false);
+            case kAttend: {
+                const int64_t parts = step.count == 1 ? splits : (step.count - 1) / tokens_per_attend() + 1;
+                return step.batch * m.kv_heads * parts;
+            }
+            default: return tokens;
+        }
+    }
+
+    void work(int phase, int64_t begin, int64_t end, int thread) {
+        if (phase == 0) return embed(begin, end);
+        const int in_layers = phase - 1;
+        if (in_layers >= kPerLayer * layers()) {
+            const int last = in_layers - kPerLayer * layers();
+            if (last == 0) return final_norm(begin, end);
+            if (last == 1) {
+                const Output out{step.logits, m.vocab, m.vocab, m.head.bias, Epilogue::kStore};
+                return matmul(m.head, out, wanted, begin, end, thread);
+            }
+            return cap_logits(begin, end);
+        }
+        const size_t index = static_cast<size_t>(in_layers / kPerLayer);
+        const DecoderLayer& layer = m.layers[index];
+        float* y = d.y_.data();
+        switch (in_layers % kPerLayer) {
+            case kNormIn: {
+                const float* after = index ? m.layers[index - 1].after_mlp_norm : nullptr;
+                return norm(index > 0, after, layer.attention_norm, layer.qkv, begin, end);
+            }
+            case kQkv: return matmul(layer.qkv, store_to(d.wide_.data(), qkv_stride(), layer.qkv), tokens, begin, end, thread);
+            case kRotate: return rotate(layer, index, begin, end);
+            case kAttend: return attend(layer, index, begin, end, thread);
+            case kMixed: return mixed(layer, begin, end);
+            case kO: return matmul(layer.o, store_to(y, m.hidden, layer.o), tokens, begin, end, thread);
+            case kNormMid: return norm(true, layer.after_attention_norm, layer.mlp_norm, layer.gate_up, begin, end);
+            case kGateUp: {
+                Output out{d.wide_.data(), gate_stride(), gate_stride(), layer.gate_up.bias, Epilogue::kSiluMul};
+                if (m.gelu) out.epilogue = Epilogue::kGeluMul;
+                return matmul(layer.gate_up, out, tokens, begin, end, thread);
+            }
+            case kQuantize: return feed(layer.down, d.wide_.data(), gate_stride(), begin, end);
+            default: return matmul(layer.down, store_to(y, m.hidden, layer.down), tokens, begin, end, thread);
+        }
+    }
+
+    static Output store_to(float* y, int64_t stride, const DecoderLinear& linear) {
+        return {y, stride, linear.w.n, linear.bias, Epilogue::kStore};
+    }
+
+    // A unit of a matmul: one block (or pair) of few tokens; two blocks of many, cut along the tokens where the rows
+    // alone do not occupy every thread.
+    int64_t token_cuts(int64_t tiles, int64_t rows) const {
+        const int64_t wanted_units = 4 * step.threads;
+        if (step.threads == 1 || tiles >= wanted_units || rows < 2 * kTokenCut) return 1;
+        return std::min(rows / kTokenCut, (wanted_units + tiles - 1) / tiles);
+    }
+    int64_t matmul_units(const DecoderLinear& linear, int64_t rows, bool paired) const {
+        if (rows <= kFewTokens) return linear.w.blocks() / (paired ? 2 : 1);
+        const int64_t tiles = (linear.w.blocks() + 1) / 2;
+        return tiles * token_cuts(tiles, rows);
+    }
+    void matmul(const DecoderLinear& linear, const Output& out, int64_t rows, int64_t begin, int64_t end, int thread) {
+        const auto kernel = m.exact ? k.matmul_exact : k.matmul_int8;
+        const Activations a = activations(linear.w);
+        void* scratch = aligned<void>(d.scratch_, thread * d.scratch_stride_);
+        if (rows <= kFewTokens) {
+            const int64_t blocks = out.epilogue == Epilogue::kStore ? 1 : 2;
+            return kernel(linear.w, a, out, {0, rows, begin * blocks, end * blocks, scratch});
+        }
+        const int64_t blocks = linear.w.blocks(), cuts = token_cuts((blocks + 1) / 2, rows);
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t block = unit / cuts * 2, cut = unit % cuts;
+            kernel(linear.w, a, out,
+                   {rows * cut / cuts, rows * (cut + 1) / cuts, block, std::min(block + 2, blocks), scratch});
+        }
+    }
+
+    // The one buffer of activations, laid out for the weight that reads it next.
+    Activations activations(const Prepared& w) const {
+        Activations a;
+        place_activations(w, std::max(tokens, wanted), m.exact, aligned<unsigned char>(d.activations_, 0), &a);
+        return a;
+    }
+    void feed(const DecoderLinear& next, const float* x, int64_t stride, int64_t begin, int64_t end) {
+        const Activations a = activations(next.w);
+        if (m.exact) return k.pad(next.w, x, stride, a, begin, end);
+        // The head is few rows or an evaluation: full precision.
+        k.quantize(next.w, x, stride, &next == &m.head ? 0.0f : fine_above(tokens), a, begin, end);
+    }
+
+    void embed(int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            const int64_t row = step.tokens[token] * m.hidden;
+            float* x = d.x_.data() + token * m.hidden;
+            for (int64_t i = 0; i < m.hidden; ++i) {
+                float value;
+                if (m.embedding_type == FloatType::kFloat32) {
+                    value = static_cast<const float*>(m.embedding)[row + i];
+                } else {
+                    const uint16_t bits = static_cast<const uint16_t*>(m.embedding)[row + i];
+                    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+                    std::memcpy(&value, &wide, 4);
+                    if (m.embedding_type == FloatType::kFloat16) value = float_of_half(bits);
+                }
+                x[i] = value * m.embedding_scale;
+            }
+            angles(token);
+        }
+    }
+
+    // cos and sin of every rope at the token's position, [rope][cos dim / 2, sin dim / 2]. The angle is rounded to
+    // float32 before its sine is taken, as everybody does.
+    int64_t rotation_stride() const {
+        int64_t total = 0;
+        for (const int64_t dim : m.rope_dims) total += dim;
+        return total;
+    }
+    int64_t position_of(int64_t token) const { return step.positions[token / step.count] + token % step.count; }
+    void angles(int64_t token) {
+        float* to = d.rotation_.data() + token * rotation_stride();
+        const float* frequency = step.frequencies;
+        const float position = static_cast<float>(position_of(token));
+        for (size_t rope = 0; rope < m.rope_dims.size(); ++rope) {
+            const int64_t half = m.rope_dims[rope] / 2;
+            for (int64_t i = 0; i < half; ++i) {
+                const float angle = position * frequency[i];
+                to[i] = std::cos(angle) * m.rope_factors[rope];
+                to[half + i] = std::sin(angle) * m.rope_factors[rope];
+            }
+            to += 2 * half;
+            frequency += half;
+        }
+    }
+
+    // x += y (normalised by `after` where there is one), then the normalised x as the activations of `next`.
+    void norm(bool add_y, const float* after, const float* weight, const DecoderLinear& next, int64_t begin,
+              int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            float* x = d.x_.data() + token * m.hidden;
+            float* normed = d.norm_.data() + token * m.hidden;
+            if (add_y) {
+                float* y = d.y_.data() + token * m.hidden;
+                if (after != nullptr) k.rms_norm(y, after, y, m.hidden, m.eps);
+                k.add(x, y, m.hidden);
+            }
+            k.rms_norm(x, weight, normed, m.hidden, m.eps);
+        }
+        feed(next, d.norm_.data(), m.hidden, begin, end);
+    }
+
+    KeyValue cache_of(size_t index, int64_t sequence, int64_t head) const {
+        const Place& place = d.place_[index];
+        const int64_t each = d.head_tile_bytes();
+        auto* base = static_cast<unsigned char*>(step.cache) + place.offset + sequence * place.tiles * place.stride;
+        return {base + head * each, place.stride, place.tiles, m.head_dim, !m.exact};
+    }
+
+    void rotate(const DecoderLayer& layer, size_t index, int64_t begin, int64_t end) {
+        const int64_t dim = m.head_dim;
+        int64_t offset = 0;
+        for (int64_t r = 0; r < layer.rope; ++r) offset += m.rope_dims[static_cast<size_t>(r)];
+        const int64_t half = m.rope_dims[static_cast<size_t>(layer.rope)] / 2;
+        for (int64_t token = begin; token < end; ++token) {
+            float* row = d.wide_.data() + token * qkv_stride();
+            const float* cosine = d.rotation_.data() + token * rotation_stride() + offset;
+            for (int64_t head = 0; head < m.heads + m.kv_heads; ++head) {
+                float* x = row + head * dim;
+                const float* weight = head < m.heads ? layer.q_norm : layer.k_norm;
+                if (weight != nullptr) k.rms_norm(x, weight, x, dim, m.eps);
+                k.rope(x, cosine, cosine + half, half);
+                if (head >= m.heads) continue;
+                for (int64_t i = 0; i < dim; ++i) x[i] *= m.attention_scale;
+            }
+            const float* key = row + m.heads * dim;
+            const float* value = key + m.kv_heads * dim;
+            for (int64_t head = 0; head < m.kv_heads; ++head) {
+                const KeyValue cache = cache_of(index, token / step.count, head);
+                k.store_key_value(key + head * dim, value + head * dim, cache, position_of(token));
+            }
+        }
+    }
+
+    void attend(const DecoderLayer& layer, size_t index, int64_t begin, int64_t end, int thread) {
+        const int64_t group = heads_per_kv(), dim = m.head_dim;
+        const int64_t parts = step.count == 1 ? splits : (step.count - 1) / tokens_per_attend() + 1;
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t part = unit % parts, head = unit / parts % m.kv_heads, sequence = unit / parts / m.kv_heads;
+            const bool split = step.count == 1 && splits > 1;
+            const int64_t first = step.count == 1 ? 0 : part * tokens_per_attend();
+            const int64_t token = sequence * step.count + first;
+            AttendUnit u{};
+            u.q = d.wide_.data() + token * qkv_stride() + head * group * dim;
+            u.token_stride = qkv_stride();
+            u.tokens = std::min(tokens_per_attend(), step.count - first);
+            u.heads = group;
+            u.position = step.positions[sequence] + first;
+            u.window = layer.window;
+            u.begin = split ? part * kSplit : 0;
+            u.end = split ? (part + 1) * kSplit : INT64_MAX;
+            u.softcap = m.attention_softcap;
+            u.cache = cache_of(index, sequence, head);
+            u.normalise = !split;
+            if (split) {
+                const int64_t at = (sequence * splits + part) * m.heads + head * group;
+                u.out = d.partial_.data() + at * dim;
+                u.top = d.statistic_.data() + at;
+                u.total = d.statistic_.data() + step.batch * splits * m.heads + at;
+            } else {
+                u.out = d.norm_.data() + token * mixed_stride() + head * group * dim;
+                u.out_stride = mixed_stride();
+            }
+            u.scratch = aligned<float>(d.scratch_, thread * d.scratch_stride_);
+            k.attend(u);
+        }
+    }
+
+    // Joins what the units of a split one-token step found, and hands the heads to the output projection.
+    void mixed(const DecoderLayer& layer, int64_t begin, int64_t end) {
+        if (step.count == 1 && splits > 1) {
+            for (int64_t token = begin; token < end; ++token) {
+                for (int64_t head = 0; head < m.heads; ++head) join(token, head);
+            }
+        }
+        feed(layer.o, d.norm_.data(), mixed_stride(), begin, end);
+    }
+    void join(int64_t sequence, int64_t head) {
+        const float* tops = d.statistic_.data() + sequence * splits * m.heads + head;
+        const float* totals = tops + step.batch * splits * m.heads;
+        float top = -INFINITY, total = 0.0f;
+        for (int64_t s = 0; s < splits; ++s) top = std::max(top, tops[s * m.heads]);
+        float* out = d.norm_.data() + sequence * mixed_stride() + head * m.head_dim;
+        std::memset(out, 0, static_cast<size_t>(m.head_dim) * sizeof(float));
+        for (int64_t s = 0; s < splits; ++s) {
+            const float factor = std::exp(tops[s * m.heads] - top);
+            total += factor * totals[s * m.heads];
+            const float* part = d.partial_.data() + ((sequence * splits + s) * m.heads + head) * m.head_dim;
+            for (int64_t i = 0; i < m.head_dim; ++i) out[i] += factor * part[i];
+        }
+        for (int64_t i = 0; i < m.head_dim; ++i) out[i] /= total;
+    }
+
+    void final_norm(int64_t begin, int64_t end) {
+        const float* after = m.layers.back().after_mlp_norm;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t token = step.every_token ? i : (i + 1) * step.count - 1;
+            float* x = d.x_.data() + token * m.hidden;
+            float* y = d.y_.data() + token * m.hidden;
+            if (after != nullptr) k.rms_norm(y, after, y, m.hidden, m.eps);
+            k.add(x, y, m.hidden);
+            k.rms_norm(x, m.norm, d.norm_.data() + i * m.hidden, m.hidden, m.eps);
+        }
+        feed(m.head, d.norm_.data(), m.hidden, begin, end);
+    }
+
+    void cap_logits(int64_t begin, int64_t end) {
+        for (int64_t i = begin * m.vocab; i < end * m.vocab; ++i) {
+            step.logits[i] = m.logit_softcap * std::tanh(step.logits[i] / m.logit_softcap);
+        }
+    }
+};
+
+Decoder::Decoder(DecoderModel model) : model_(std::move(model)), kernels_(kernels()) {
+    const DecoderModel& m = model_;
+    widest_ = std::max(m.layers[0].qkv.w.blocks() * kRows, round_up(m.intermediate, kRows));
+    for (const DecoderLayer& layer : m.layers) {
+        for (const DecoderLinear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down, &m.head}) {
+            scratch_stride_ = std::max(scratch_stride_, scratch_bytes(linear->w, m.exact));
+        }
+    }
+    scratch_stride_ = round_up(std::max(scratch_stride_, 4 * attend_scratch(m.head_dim)), 4096);
+}
+
+int64_t Decoder::head_tile_bytes() const { return 2 * kScoreTile * model_.head_dim * (model_.exact ? 4 : 2); }
+
+// Layers with as many tiles (all without a window, all with the same one) share a region, [sequence][tile][layer][head]:
+// it fills from its beginning on, so that memory is touched as positions come, in whole pages however large.
+int64_t Decoder::place_cache(int64_t batch, int64_t capacity) {
+    const size_t layers = model_.layers.size();
+    place_.assign(layers, {});
+    const int64_t layer_tile = model_.kv_heads * head_tile_bytes();
+    int64_t total = 0;
+    for (size_t i = 0; i < layers; ++i) {
+        if (place_[i].tiles) continue;
+        const int64_t window = model_.layers[i].window;
+        const int64_t tiles = round_up(window ? std::min(capacity, window + kChunk - 1) : capacity, kScoreTile) / kScoreTile;
+        int64_t stride = 0;
+        for (size_t j = i; j < layers; ++j) {
+            if (model_.layers[j].window != window) continue;
+            place_[j] = {total + stride, 0, tiles};
+            stride += layer_tile;
+        }
+        for (size_t j = i; j < layers; ++j) {
+            if (model_.layers[j].window == window) place_[j].stride = stride;
+        }
+        total += batch * tiles * stride;
+    }
+    return total;
+}
+
+void Decoder::reserve(int64_t tokens, int64_t splits, int threads) {
+    const DecoderModel& m = model_;
+    const int64_t mixed = m.heads * m.head_dim;
+    grow(x_, tokens * m.hidden);
+    grow(y_, tokens * m.hidden);
+    grow(wide_, tokens * widest_);
+    grow(norm_, tokens * std::max(m.hidden, mixed));
+    int64_t angles = 0;
+    for (const int64_t dim : m.rope_dims) angles += dim;
+    grow(rotation_, tokens * angles);
+    if (splits > 1) {
+        grow(partial_, tokens * splits * mixed);
+        grow(statistic_, 2 * tokens * splits * m.heads);
+    }
+    int64_t bytes = 0;
+    for (const DecoderLayer& layer : m.layers) {
+        for (const DecoderLinear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down, &m.head}) {
+            Activations unused;
+            bytes = std::max(bytes, place_activations(linear->w, tokens, m.exact, nullptr, &unused));
+        }
+    }
+    grow(activations_, bytes + 64);
+    grow(scratch_, threads * scratch_stride_ + 64);
+}
+
+void Decoder::run(const Step& step) {
+    const int64_t tokens = step.batch * step.count;
+    int64_t longest = 0;
+    for (int64_t b = 0; b < step.batch; ++b) longest = std::max(longest, step.positions[b] + step.count);
+    const int64_t splits = step.count == 1 ? (longest + kSplit - 1) / kSplit : 1;
+    reserve(tokens, splits, step.threads);
+    place_cache(step.batch, step.capacity);
+    Phases phases{*this, model_, kernels_, step, tokens, step.every_token ? tokens : step.batch, splits};
+    run_job({phases.phases(), [](void* p, int phase) { return static_cast<Phases*>(p)->units(phase); },
+             [](void* p, int phase, int64_t begin, int64_t end, int thread) {
+                 static_cast<Phases*>(p)->work(phase, begin, end, thread);
+             },
+             &phases},
+            step.threads);
+}
+
+}  // namespace dq

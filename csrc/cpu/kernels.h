@@ -1,0 +1,73 @@
+// What one instruction set offers: a table of functions, all pure, none of them threaded. kernels_scalar.cpp is the
+// contract; the others differ from it by float32 rounding only (the integer sums are the same, bit for bit).
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+#include "prepared.h"
+#include "training.h"
+
+namespace dq {
+
+// Which tokens and which blocks of a matmul to do, and where per-thread scratch lies (64-byte aligned).
+struct Tile {
+    int64_t token_begin, token_end;
+    int64_t block_begin, block_end;  // even counts where the epilogue pairs blocks
+    void* scratch;                   // scratch_bytes(w, exact), needed above kFewTokens tokens
+};
+
+// Up to this many tokens a block is unpacked in registers, once; above, into scratch, and read back per 6 tokens.
+constexpr int kFewTokens = 4;
+
+// `fine_above` of more tokens than that; up to kFewTokens every group is fine.
+constexpr float kFineAbove = 3.25f;
+constexpr float fine_above(int64_t tokens) { return tokens <= kFewTokens ? 0.0f : kFineAbove; }
+
+inline int64_t scratch_bytes(const Prepared& w, bool exact) { return 2 * kRows * w.columns() * (exact ? 4 : 1); }
+
+struct Kernels {
+    const char* name;
+
+    // Activations of 8 or 15 bits (prepared.h), for tokens begin .. end-1 of x [tokens, k] with `stride` floats between
+    // tokens. Groups whose largest magnitude exceeds `fine_above` times the rms of the row are fine.
+    void (*quantize)(const Prepared& w, const float* x, int64_t stride, float fine_above, const Activations& a,
+                     int64_t begin, int64_t end);
+    // The exact path's counterpart: copies x into a.x, padded.
+    void (*pad)(const Prepared& w, const float* x, int64_t stride, const Activations& a, int64_t begin, int64_t end);
+
+    // y = epilogue(a @ decode(w).T): exact int32 sums per group, each times scale * activation scale, added in group
+    // order in float32, a group's low part after its high one. An element depends on its token and row only.
+    void (*matmul_int8)(const Prepared& w, const Activations& a, const Output& out, const Tile& tile);
+    // The same with float32 activations and exactly decoded weights. |error| <= (columns + 4) u sum |x| |w|.
+    void (*matmul_exact)(const Prepared& w, const Activations& a, const Output& out, const Tile& tile);
+
+    // out[i] = x[i] / rms(x) * weight[i], with rms(x) = sqrt(mean(x^2) + eps).
+    void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
+    void (*add)(float* x, const float* y, int64_t n);                 // x += y
+    void (*rope)(float* x, const float* cosine, const float* sine, int64_t half);  // rotates x[:half], x[half:2*half]
+
+    void (*attend)(const AttendUnit& unit);
+    void (*store_key_value)(const float* key, const float* value, const KeyValue& cache, int64_t position);
+
+    int64_t (*adam)(const AdamState& state, int64_t count, const AdamStep& step);  // training.h, in one thread
+};
+
+// The best table this CPU runs, or the one DQ_ISA names; throws std::runtime_error, in one sentence, where that is
+// unknown, not compiled in, or not supported by the CPU.
+const Kernels& kernels();
+
+#ifdef DQ_HAVE_SCALAR
+extern const Kernels kScalarKernels;
+#endif
+#ifdef DQ_HAVE_AVX2
+extern const Kernels kAvx2Kernels;
+#endif
+#ifdef DQ_HAVE_AVX512
+extern const Kernels kAvx512Kernels;
+#endif
+#ifdef DQ_HAVE_NEON
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace dq

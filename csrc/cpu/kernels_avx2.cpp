@@ -1,0 +1,13 @@
+// The kernels for AVX2 with FMA and F16C (Haswell, Zen and later).
+#include "isa_avx2.h"
+
+#include "attention_impl.h"
+#include "kernels.h"
+#include "matmul_impl.h"
+#include "row_ops.h"
+#include "training_impl.h"
+
+namespace dq {
+const Kernels kAvx2Kernels = {"avx2", quantize, pad, matmul_int8, matmul_exact, rms_norm, add, rope, attend,
+                            store_key_value, adam};
+}  // namespace dq

@@ -1,0 +1,13 @@
+// The kernels for ARMv8.2 with dot products.
+#include "isa_neon.h"
+
+#include "attention_impl.h"
+#include "kernels.h"
+#include "matmul_impl.h"
+#include "row_ops.h"
+#include "training_impl.h"
+
+namespace dq {
+const Kernels kNeonKernels = {"neon", quantize, pad, matmul_int8, matmul_exact, rms_norm, add, rope, attend,
+                            store_key_value, adam};
+}  // namespace dq

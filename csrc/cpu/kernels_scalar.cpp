@@ -1,0 +1,13 @@
+// The kernels for any CPU, and the contract of the others.
+#include "isa_scalar.h"
+
+#include "attention_impl.h"
+#include "kernels.h"
+#include "matmul_impl.h"
+#include "row_ops.h"
+#include "training_impl.h"
+
+namespace dq {
+const Kernels kScalarKernels = {"scalar", quantize, pad, matmul_int8, matmul_exact, rms_norm, add, rope, attend,
+                            store_key_value, adam};
+}  // namespace dq

@@ -1,0 +1,101 @@
+// Weights in the order the CPU kernels want them, made once at load (repack.cpp) from the canonical bitstream.
+//
+// Rows are taken 16 at a time (a block), columns 4 at a time (a quad): 16 rows x 4 columns are 64 bytes, one AVX-512
+// register whose 32-bit lane r holds 4 codes of row r. A dot product of a quad with 4 activations, broadcast to every
+// lane, then needs no sum across lanes, and one vector of 16 scales serves a whole group. Several quads share one
+// stored unit of 64-byte vectors V0, V1, ...; byte i of each belongs to byte i of the quads q0, q1, ...:
+//
+//   8 bits  1 quad,  4 columns, 1 vector    V0 = q0
+//   4 bits  2 quads, 8 columns, 1 vector    V0 = q0 | q1 << 4
+//   2 bits  4 quads, 16 columns, 1 vector   V0 = q0 | q1 << 2 | q2 << 4 | q3 << 6
+//   3 bits  8 quads, 32 columns, 3 vectors  V0 = q0 | q1 << 3 | (q6 & 3) << 6
+//                                           V1 = q2 | q3 << 3 | (q7 & 3) << 6
+//                                           V2 = q4 | q5 << 3 | (q6 >> 2) << 6 | (q7 >> 2) << 7
+//
+// so 3 bits cost 3 bits, and 17 shifts and masks unpack 8 quads: 2.1 a quad, against 1.5 for 4 bits. 5, 6 and 7 bits are
+// stored in 8. Weights that stay unquantized (kFloat) keep their 16-bit floats, [block][column][16 rows].
+//
+// A row's K columns are cut into `groups` blocks of `group` columns that share a scale, each padded to whole units (of
+// `padded` columns; the activations there are zero, so the codes do not matter). In memory: codes [block][group][unit],
+// scales and zero points [block][group][16 rows].
+#pragma once
+
+#include <cstdint>
+
+namespace dq {
+
+constexpr int kRows = 16;   // rows of a block
+constexpr int kFloat = 16;  // `storage` of unquantized weights
+
+constexpr int quads_per_unit(int storage) { return storage == 8 ? 1 : storage == 4 ? 2 : storage == 2 ? 4 : 8; }
+constexpr int unit_bytes(int storage) { return storage == 3 ? 192 : 64; }
+
+struct Prepared {
+    const uint8_t* codes;
+    const uint16_t* scale;  // nullptr for kFloat
+    const uint8_t* zero;    // nullptr: every zero point is `middle`
+    int64_t n, k;           // out_features (the last block is padded with zero scales), in_features = groups * group
+    int64_t groups, group, padded;
+    int storage;  // 2, 3, 4, 8 or kFloat
+    int middle;
+    bool is_bf16;  // the scales, or the weights of kFloat; else float16
+
+    int64_t blocks() const { return (n + kRows - 1) / kRows; }
+    int64_t columns() const { return groups * padded; }
+    int64_t group_bytes() const {
+        return storage == kFloat ? padded * kRows * 2 : padded / (4 * quads_per_unit(storage)) * unit_bytes(storage);
+    }
+    int64_t block_bytes() const { return groups * group_bytes(); }
+};
+
+// Activations of `tokens` rows, padded like the weight they meet: column c of group g is at g * padded + c.
+//
+// x = scale * (q + low / 256), where a group is `fine`; in the others low is zero and not even multiplied. Eight bits
+// are not enough everywhere: one outlier takes the precision of its whole group (SmolLM2-135M at 4 bits, KL to exact
+// activations: 6.7e-3 with no group fine, 5e-4 with the groups whose maximum exceeds 3.25 times the row's rms, below
+// 1e-7 with all). For few tokens a second product costs nothing, since memory is what they wait for.
+struct Activations {
+    int8_t *q, *low;         // [tokens, columns], in [-127, 127]
+    float* scale;            // [tokens, groups]: largest |x| of the group / 127
+    int32_t *sum, *low_sum;  // [tokens, groups]: of q, of low
+    uint8_t* fine;           // [tokens, groups]: 1 or 0
+    float* x;                // [tokens, columns]: the exact path instead of all of the above
+    int64_t columns, groups;
+};
+
+// Lays out activations of `tokens` rows for `w` from `start` (64-byte aligned) on; nullptr only measures. Returns bytes.
+inline int64_t place_activations(const Prepared& w, int64_t tokens, bool exact, unsigned char* start, Activations* a) {
+    const uint64_t cells = static_cast<uint64_t>(tokens * w.columns()), blocks = static_cast<uint64_t>(tokens * w.groups);
+    *a = {};
+    a->columns = w.columns();
+    a->groups = w.groups;
+    if (exact) {
+        a->x = reinterpret_cast<float*>(start);
+        return static_cast<int64_t>(4 * cells);
+    }
+    const uintptr_t at = reinterpret_cast<uintptr_t>(start);
+    a->scale = reinterpret_cast<float*>(at);
+    a->sum = reinterpret_cast<int32_t*>(at + 4 * blocks);
+    a->low_sum = reinterpret_cast<int32_t*>(at + 8 * blocks);
+    a->q = reinterpret_cast<int8_t*>(at + 12 * blocks);
+    a->low = reinterpret_cast<int8_t*>(at + 12 * blocks + cells);
+    a->fine = reinterpret_cast<uint8_t*>(at + 12 * blocks + 2 * cells);
+    return static_cast<int64_t>(13 * blocks + 2 * cells);
+}
+
+// What becomes of the products x @ w.T.
+enum class Epilogue : int {
+    kStore,    // y[token][row] = product (+ bias[row])
+    kSiluMul,  // blocks alternate gate, up: y[token][b * 16 + r] = silu(gate) * up
+    kGeluMul,  // the same with gelu (tanh form)
+};
+
+struct Output {
+    float* y;
+    int64_t stride;     // floats between two tokens; a whole last block must fit unless `n` cuts it
+    int64_t n;          // rows stored
+    const float* bias;  // [blocks * 16] or nullptr
+    Epilogue epilogue;
+};
+
+}  // namespace dq

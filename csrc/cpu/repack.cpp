@@ -1,0 +1,193 @@
+#include "repack.h"
+
+#include <cmath>
+#include <vector>
+
+#include "../layout.h"
+#include "pool.h"
+#include "vec.h"
+
+namespace dq {
+namespace {
+
+void unpack_row(const int32_t* row, int64_t k, int bits, uint8_t* out) {
+    const int64_t words = words_per_row(k, bits);
+    switch (bits) {
+        case 2: return unpack_codes<2>(row, words, 0, k, out);
+        case 3: return unpack_codes<3>(row, words, 0, k, out);
+        case 4: return unpack_codes<4>(row, words, 0, k, out);
+        case 5: return unpack_codes<5>(row, words, 0, k, out);
+        case 6: return unpack_codes<6>(row, words, 0, k, out);
+        case 7: return unpack_codes<7>(row, words, 0, k, out);
+        default: return unpack_codes<8>(row, words, 0, k, out);
+    }
+}
+
+// One unit of a block. rows: 16 rows of codes, `stride` apart, from the unit's first column on. Four codes travel as
+// one 32-bit word: no code of a quad exceeds its share of the byte, so shifts never cross bytes.
+template <int Storage>
+void pack_unit(const uint8_t* rows, int64_t stride, uint8_t* out) {
+    constexpr int kQuads = quads_per_unit(Storage);
+    uint32_t q[8][kRows] = {};
+    for (int i = 0; i < kQuads; ++i) {
+        for (int r = 0; r < kRows; ++r) std::memcpy(&q[i][r], rows + r * stride + 4 * i, 4);
+    }
+    uint32_t v[3][kRows];
+    constexpr uint32_t low = 0x03030303;
+    for (int r = 0; r < kRows; ++r) {
+        if constexpr (Storage == 8) {
+            v[0][r] = q[0][r];
+        } else if constexpr (Storage == 4) {
+            v[0][r] = q[0][r] | q[1][r] << 4;
+        } else if constexpr (Storage == 2) {
+            v[0][r] = q[0][r] | q[1][r] << 2 | q[2][r] << 4 | q[3][r] << 6;
+        } else {
+            v[0][r] = q[0][r] | q[1][r] << 3 | (q[6][r] & low) << 6;
+            v[1][r] = q[2][r] | q[3][r] << 3 | (q[7][r] & low) << 6;
+            v[2][r] = q[4][r] | q[5][r] << 3 | (q[6][r] & ~low) << 4 | (q[7][r] & ~low) << 5;
+        }
+    }
+    std::memcpy(out, v, unit_bytes(Storage));
+}
+
+// rows: [16][w.columns()] codes.
+void pack_block(const Prepared& w, const uint8_t* rows, uint8_t* out) {
+    const int64_t stride = w.columns();
+    const int64_t step = 4 * quads_per_unit(w.storage);
+    for (int64_t c = 0; c < stride; c += step, out += unit_bytes(w.storage)) {
+        switch (w.storage) {
+            case 2: pack_unit<2>(rows + c, stride, out); break;
+            case 3: pack_unit<3>(rows + c, stride, out); break;
+            case 4: pack_unit<4>(rows + c, stride, out); break;
+            default: pack_unit<8>(rows + c, stride, out); break;
+        }
+    }
+}
+
+// codes [k] -> [groups][padded]; the padding keeps whatever the buffer held, which is a valid code.
+void place_groups(const Prepared& w, const uint8_t* codes, uint8_t* out) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+        std::memcpy(out + g * w.padded, codes + g * w.group, static_cast<size_t>(w.group));
+    }
+}
+
+float value_at(const FloatSource& s, int64_t i) {
+    if (s.type == FloatType::kFloat32) return static_cast<const float*>(s.values)[i];
+    const uint16_t bits = static_cast<const uint16_t*>(s.values)[i];
+    if (s.type == FloatType::kFloat16) return float_of_half(bits);
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+uint16_t bf16_up(float v) {  // smallest bfloat16 >= v, for v >= 0
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return static_cast<uint16_t>((bits + 0xFFFF) >> 16);
+}
+
+// A row of floats to codes [k] and 16-bit scales, one every `scale_stride`.
+void quantize_row(const Prepared& w, const FloatSource& s, int64_t row, uint8_t* codes, uint16_t* scale) {
+    std::vector<float> x(static_cast<size_t>(w.group));
+    for (int64_t g = 0; g < w.groups; ++g) {
+        float largest = 0.0f;
+        for (int64_t i = 0; i < w.group; ++i) {
+            x[static_cast<size_t>(i)] = value_at(s, row * w.k + g * w.group + i);
+            largest = std::fmax(largest, std::fabs(x[static_cast<size_t>(i)]));
+        }
+        const uint16_t rounded = bf16_up(largest / 127.0f);
+        scale[g * kRows] = rounded;
+        const uint32_t wide = static_cast<uint32_t>(rounded) << 16;
+        float step;
+        std::memcpy(&step, &wide, 4);
+        const float inverse = step > 1e-37f ? 1.0f / step : 0.0f;  // a group of zeros
+        for (int64_t i = 0; i < w.group; ++i) {
+            const float code = (x[static_cast<size_t>(i)] * inverse + 12582912.0f) - 12582912.0f;
+            codes[g * w.group + i] = static_cast<uint8_t>(128 + static_cast<int>(code));
+        }
+    }
+}
+
+// body(block of the source, first row, rows) for every block, in parallel.
+template <typename Body>
+void every_block(int64_t n, int threads, const Body& body) {
+    parallel_rows((n + kRows - 1) / kRows, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t row = b * kRows;
+            body(b, row, n - row < kRows ? n - row : kRows);
+        }
+    });
+}
+
+}  // namespace
+
+int storage_of(int bits, int64_t group) {
+    int best = 8;
+    int64_t fewest = INT64_MAX;
+    for (const int storage : {8, 4, 3, 2}) {  // from the cheapest to unpack; only fewer bytes win over that
+        if (storage < bits) break;
+        const int64_t unit = 4 * quads_per_unit(storage);
+        const int64_t bytes = (group + unit - 1) / unit * unit_bytes(storage);
+        if (bytes < fewest) {
+            fewest = bytes;
+            best = storage;
+        }
+    }
+    return best;
+}
+
+void repack(const PackedSource& s, const Target& t, int threads) {
+    const Prepared& w = t.w;
+    const int64_t words = words_per_row(w.k, s.bits);
+    const int64_t source_groups = w.k / s.group_size, repeats = s.group_size / w.group;
+    every_block(s.n, threads, [&](int64_t b, int64_t first_row, int64_t rows) {
+        std::vector<uint8_t> line(static_cast<size_t>(w.k)), codes(static_cast<size_t>(kRows * w.columns()));
+        const int64_t block = t.first + b * t.step;
+        uint16_t* scale = t.scale + block * w.groups * kRows;
+        uint8_t* zero = t.zero ? t.zero + block * w.groups * kRows : nullptr;
+        for (int64_t r = 0; r < kRows; ++r) {
+            if (r < rows) {
+                unpack_row(s.packed + (first_row + r) * words, w.k, s.bits, line.data());
+                place_groups(w, line.data(), codes.data() + r * w.columns());
+            }
+            for (int64_t g = 0; g < w.groups; ++g) {
+                const int64_t from = (first_row + r) * source_groups + g / repeats;
+                scale[g * kRows + r] = r < rows ? s.scale[from] : 0;
+                if (zero) {
+                    const int middle = 1 << (s.bits - 1);
+                    zero[g * kRows + r] = r < rows && s.zero ? s.zero[from] : static_cast<uint8_t>(middle);
+                }
+            }
+        }
+        pack_block(w, codes.data(), t.codes + block * w.block_bytes());
+    });
+}
+
+void repack(const FloatSource& s, const Target& t, int threads) {
+    const Prepared& w = t.w;
+    every_block(s.n, threads, [&](int64_t b, int64_t first_row, int64_t rows) {
+        const int64_t block = t.first + b * t.step;
+        if (w.storage == kFloat) {  // one group, padded to a multiple of 4 columns
+            uint16_t* out = reinterpret_cast<uint16_t*>(t.codes + block * w.block_bytes());
+            const uint16_t* in = static_cast<const uint16_t*>(s.values) + first_row * w.k;
+            for (int64_t c = 0; c < w.columns(); ++c) {
+                for (int64_t r = 0; r < kRows; ++r) out[c * kRows + r] = r < rows && c < w.k ? in[r * w.k + c] : 0;
+            }
+            return;
+        }
+        std::vector<uint8_t> line(static_cast<size_t>(w.k)), codes(static_cast<size_t>(kRows * w.columns()));
+        uint16_t* scale = t.scale + block * w.groups * kRows;
+        for (int64_t r = 0; r < kRows; ++r) {
+            if (r < rows) {
+                quantize_row(w, s, first_row + r, line.data(), scale + r);
+                place_groups(w, line.data(), codes.data() + r * w.columns());
+            } else {
+                for (int64_t g = 0; g < w.groups; ++g) scale[g * kRows + r] = 0;
+            }
+        }
+        pack_block(w, codes.data(), t.codes + block * w.block_bytes());
+    });
+}
+
+}  // namespace dq

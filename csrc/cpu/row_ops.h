@@ -1,0 +1,154 @@
+// Everything of a decoder layer that works on one row of floats. Written once, compiled per instruction set (vec.h).
+#pragma once
+
+#include <cmath>
+
+#include "attention.h"
+#include "prepared.h"
+#include "vec.h"
+
+namespace dq {
+namespace {
+
+// What quantize_group leaves behind besides the codes.
+struct GroupResult {
+    float scale;
+    int32_t sum, low_sum;
+};
+
+typedef int8_t vb __attribute__((vector_size(W)));
+
+DQ_INLINE vi store_codes(int8_t* to, vf rounded) {
+    const vi code = __builtin_convertvector(rounded, vi);
+    const vb narrow = __builtin_convertvector(code, vb);
+    std::memcpy(to, &narrow, sizeof narrow);
+    return code;
+}
+
+DQ_INLINE int32_t total_of(vi v) {
+    int32_t total = 0;
+    for (int i = 0; i < W; ++i) total += v[i];
+    return total;
+}
+
+inline float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }
+inline float clamp127(float v) { return v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v == v ? v : 0.0f; }
+
+GroupResult quantize_group(const float* x, int64_t count, int64_t padded, float largest, bool fine, int8_t* q,
+                           int8_t* low) {
+    // Below 2^-120 the inverse would overflow: such a group is zero. NaN and infinity reach the scale, and the output.
+    const bool usable = !(largest < 7.5e-37f);
+    const float inverse = usable ? 127.0f / largest : 0.0f;
+    GroupResult result{usable ? largest / 127.0f : 0.0f, 0, 0};
+    const vf most = splat(127.0f);
+    vi sum = vi{}, low_sum = vi{};
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        const vf v = load(x + i) * inverse;
+        const vf high = max(min(round_even(v), most), -most);
+        sum += store_codes(q + i, high);
+        if (fine) low_sum += store_codes(low + i, max(min(round_even((v - high) * 256.0f), most), -most));
+    }
+    result.sum = total_of(sum);
+    result.low_sum = total_of(low_sum);
+    for (; i < count; ++i) {
+        const float v = x[i] * inverse, high = clamp127(round_even(v));
+        q[i] = static_cast<int8_t>(high);
+        result.sum += q[i];
+        low[i] = static_cast<int8_t>(clamp127(round_even((v - high) * 256.0f)));
+        if (fine) result.low_sum += low[i];
+    }
+    for (; i < padded; ++i) q[i] = low[i] = 0;
+    if (!fine) std::memset(low, 0, static_cast<size_t>(padded));
+    return result;
+}
+
+// max |x| and, added to *squares, the sum of squares.
+float largest_of(const float* x, int64_t count, float* squares) {
+    vf most = vf{}, sum = vf{};
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        const vf v = load(x + i);
+        most = max(abs(v), most);
+        sum = fma(v, v, sum);
+    }
+    float largest = max_of(most);
+    *squares += sum_of(sum);
+    for (; i < count; ++i) {
+        const float v = std::fabs(x[i]);
+        largest = largest > v ? largest : v;
+        *squares += v * v;
+    }
+    return largest;
+}
+
+void quantize(const Prepared& w, const float* x, int64_t stride, float fine_above, const Activations& a, int64_t begin,
+              int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+        const float* row = x + token * stride;
+        float squares = 0.0f;
+        // The largest magnitudes pass through the place of the scales.
+        float* scale = a.scale + token * a.groups;
+        for (int64_t g = 0; g < w.groups; ++g) scale[g] = largest_of(row + g * w.group, w.group, &squares);
+        const float threshold = fine_above * std::sqrt(squares / static_cast<float>(w.k));
+        for (int64_t g = 0; g < w.groups; ++g) {
+            const int64_t at = token * a.groups + g, column = token * a.columns + g * w.padded;
+            const bool fine = scale[g] > threshold;
+            const GroupResult result = quantize_group(row + g * w.group, w.group, w.padded, scale[g], fine,
+                                                      a.q + column, a.low + column);
+            scale[g] = result.scale;
+            a.sum[at] = result.sum;
+            a.low_sum[at] = result.low_sum;
+            a.fine[at] = fine;
+        }
+    }
+}
+
+void pad(const Prepared& w, const float* x, int64_t stride, const Activations& a, int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+        for (int64_t g = 0; g < w.groups; ++g) {
+            float* to = a.x + token * a.columns + g * w.padded;
+            std::memcpy(to, x + token * stride + g * w.group, static_cast<size_t>(w.group) * sizeof(float));
+            for (int64_t i = w.group; i < w.padded; ++i) to[i] = 0.0f;
+        }
+    }
+}
+
+void rms_norm(const float* x, const float* weight, float* out, int64_t n, float eps) {
+    vf squares[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+        for (int j = 0; j < 4; ++j) {
+            const vf v = load(x + i + j * W);
+            squares[j] = fma(v, v, squares[j]);
+        }
+    }
+    float sum = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    for (; i < n; ++i) sum += x[i] * x[i];
+    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(n) + eps);
+    for (i = 0; i + W <= n; i += W) store(out + i, load(x + i) * factor * load(weight + i));
+    for (; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+void add(float* x, const float* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(x + i, load(x + i) + load(y + i));
+    for (; i < n; ++i) x[i] += y[i];
+}
+
+void rope(float* x, const float* cosine, const float* sine, int64_t half) {
+    int64_t i = 0;
+    for (; i + W <= half; i += W) {
+        const vf a = load(x + i), b = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+        store(x + i, a * c - b * s);
+        store(x + half + i, b * c + a * s);
+    }
+    for (; i < half; ++i) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[half + i] = b * cosine[i] + a * sine[i];
+    }
+}
+
+}  // namespace
+}  // namespace dq

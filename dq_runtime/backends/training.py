@@ -1,0 +1,207 @@
+"""The seam of the training ops: who runs lerp_mm, its gradients, the projected Adam step and the KL of a rounding loop.
+
+Shapes: M tokens, N out_features, K in_features, G = K / group_size, V vocabulary. The implementations stand in one
+table, in order of preference; each says no with a reason. ``DQ_TRAINING=name`` in the environment requests one for
+every call of the process, which then never falls back, as ``DQ_BACKEND`` does for the serving ops.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dq_runtime.errors import BackendError
+from dq_runtime.packing.layout import unpack_codes
+from dq_runtime.registry import Registry
+from dq_runtime.rounding.base import AdamStep
+
+IMPLEMENTATIONS = Registry(
+    "training implementation",
+    {
+        "triton": "dq_runtime.backends.training_triton:TritonTraining",
+        "native": "dq_runtime.backends.training_native:NativeTraining",
+        "reference": "dq_runtime.backends.training_reference:ReferenceTraining",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Lerp:
+    """All of w_hat = scale * (lo - zero + X) but X.
+
+    ``lo`` uint8 [N, K], or the same codes as canonical bitstream int32 [N, ceil(K*bits/32)]; ``scale`` bf16/fp16
+    [N, G]; ``zero`` uint8 [N, G], None where every zero point is the middle code 2^(bits-1).
+    """
+
+    lo: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    k: int
+
+    @property
+    def packed(self) -> bool:
+        """Whether lo is the bitstream."""
+        return self.lo.dtype == torch.int32
+
+    def codes(self) -> Tensor:
+        """lo as uint8 [N, K]."""
+        return unpack_codes(self.lo, self.bits, self.k) if self.packed else self.lo
+
+
+@dataclass(frozen=True)
+class TrainingCall:
+    """Everything an implementation may base its answer on. ``dtype``: of the activations (lerp_mm, lerp_mm_backward),
+    of x (projected_adam) or of the logits (mean_kl_with_grad). The last three are 0 or False where there is no Lerp."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    bits: int = 0
+    group_size: int = 0
+    k: int = 0
+    packed: bool = False
+
+
+class Training(Protocol):
+    """One implementation. All four ops give the same bits for the same input."""
+
+    name: str
+    compact: bool
+    """Whether a layer that will be trained here had better hold its state compactly: lo packed, x and y float16, free
+    one bit a weight, the moments bfloat16 (x and moments rounded stochastically), x.grad bfloat16."""
+
+    def available(self) -> str | None:
+        """None if it can be used here at all, else the reason it cannot. Cheap, no side effects."""
+        ...
+
+    def can_run(self, call: TrainingCall) -> str | None:
+        """None if yes, else why not. Called only when :meth:`available` is None."""
+        ...
+
+    def lerp_mm(self, inputs: Tensor, x: Tensor, w: Lerp) -> Tensor:
+        """See :func:`lerp_mm`."""
+        ...
+
+    def lerp_mm_backward(
+        self, grad: Tensor, inputs: Tensor, x: Tensor, w: Lerp, needs: tuple[bool, bool], grad_dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See :func:`lerp_mm_backward`."""
+        ...
+
+    def projected_adam(
+        self, x: Tensor, grad: Tensor, m: Tensor, v: Tensor, y: Tensor, free: Tensor, hyper: AdamStep
+    ) -> Tensor:
+        """See :func:`projected_adam`."""
+        ...
+
+    def mean_kl_with_grad(self, student: Tensor, teacher: Tensor, out: Tensor) -> Tensor:
+        """See :func:`mean_kl_with_grad`."""
+        ...
+
+
+@cache
+def implementation(name: str) -> Training:
+    """The implementation of that name, built once."""
+    built: Training = IMPLEMENTATIONS.get(name)()
+    return built
+
+
+def refusal(name: str, call: TrainingCall) -> str | None:
+    """Why implementation ``name`` cannot run ``call``; None if it can."""
+    candidate = implementation(name)
+    return candidate.available() or candidate.can_run(call)
+
+
+@lru_cache(maxsize=4096)
+def _choose(call: TrainingCall, requested: str | None) -> Training:
+    if requested is not None:
+        if requested not in IMPLEMENTATIONS:
+            raise BackendError(
+                f"DQ_TRAINING={requested!r} is not a training implementation; known: {', '.join(IMPLEMENTATIONS)}"
+            )
+        reason = refusal(requested, call)
+        if reason is not None:
+            raise BackendError(f"DQ_TRAINING={requested} cannot run {call}: {reason}")
+        return implementation(requested)
+    reasons = []
+    for name in IMPLEMENTATIONS:
+        reason = refusal(name, call)
+        if reason is None:
+            return implementation(name)
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no training implementation can run {call}: {'; '.join(reasons)}")
+
+
+def choose(call: TrainingCall) -> Training:
+    """Who will run ``call``; raises :class:`BackendError` with every reason when nobody can."""
+    return _choose(call, os.environ.get("DQ_TRAINING") or None)
+
+
+def holds_compactly(device: torch.device) -> bool:
+    """Whether a layer on ``device`` should hold its state compactly (see :attr:`Training.compact`)."""
+    return choose(TrainingCall("projected_adam", device.type, torch.float32)).compact
+
+
+def lerp_mm(inputs: Tensor, x: Tensor, w: Lerp) -> Tensor:
+    """inputs [M, K] @ (scale * (lo - zero + x)).T -> [M, N] in the inputs' dtype, accumulated in float32.
+
+    x float32 or float16 [N, K]. The weight is rounded once to the inputs' dtype; nothing is recorded for autograd.
+    """
+    return choose(_call("lerp_mm", inputs, w)).lerp_mm(inputs, x, w)
+
+
+def lerp_mm_backward(
+    grad: Tensor, inputs: Tensor, x: Tensor, w: Lerp, needs: tuple[bool, bool], grad_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`lerp_mm` for ``grad`` [M, N] in the inputs' dtype: (grad @ w_hat [M, K] in that dtype,
+    (grad.T @ inputs) * scale [N, K] in ``grad_dtype``), each only where ``needs`` says so, else None."""
+    return choose(_call("lerp_mm_backward", inputs, w)).lerp_mm_backward(grad, inputs, x, w, needs, grad_dtype)
+
+
+def projected_adam(
+    x: Tensor, grad: Tensor, m: Tensor, v: Tensor, y: Tensor, free: Tensor, hyper: AdamStep
+) -> Tensor:  # fmt: skip
+    """One step of :class:`AdamStep` on x [N, K] and on the moments m, v, in place.
+
+    x, m, v all float32; or float16, bfloat16, bfloat16, and then rounded stochastically. grad float32 or bfloat16 (may
+    be overwritten); y float32 or float16; free bool [N, K] or its bits (:func:`pack_flags`). Returns the number of x
+    with 0.01 < x < 0.99, an int64 scalar on x's device.
+    """
+    call = TrainingCall("projected_adam", x.device.type, x.dtype)
+    return choose(call).projected_adam(x, grad, m, v, y, free, hyper)
+
+
+def mean_kl_with_grad(student: Tensor, teacher: Tensor, reuse_teacher: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean over M tokens of KL(softmax(teacher) || softmax(student)) in nats, float32 scalar, and its gradient to the
+    student's logits, (softmax(student) - softmax(teacher)) / M, [M, V] in their dtype. Both are float [M, V] of one
+    dtype. ``reuse_teacher``: write the gradient over the teacher's logits, which are lost."""
+    reusable = reuse_teacher and teacher.dtype == student.dtype and teacher.is_contiguous()
+    out = teacher if reusable else torch.empty_like(student, memory_format=torch.contiguous_format)
+    call = TrainingCall("mean_kl_with_grad", student.device.type, student.dtype)
+    return choose(call).mean_kl_with_grad(student, teacher, out), out
+
+
+def pack_flags(flags: Tensor) -> Tensor:
+    """bool [N, K] -> uint8 [ceil(N*K/8)]: flag i of the flattened tensor is bit i % 8 of byte i // 8."""
+    flat = flags.reshape(-1)
+    padded = torch.zeros((flat.numel() + 7) // 8 * 8, dtype=torch.uint8, device=flags.device)
+    padded[: flat.numel()] = flat
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (padded.view(-1, 8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_flags(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`pack_flags`: bool of ``shape``."""
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (bits & 1).bool().view(-1)[: shape.numel()].view(shape)
+
+
+def _call(op: str, inputs: Tensor, w: Lerp) -> TrainingCall:
+    group = w.k // w.scale.shape[1]
+    return TrainingCall(op, inputs.device.type, inputs.dtype, w.bits, group, w.k, w.packed)

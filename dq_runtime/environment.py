@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +25,18 @@ def resolve_device(requested: str) -> str:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise SpecError(f"device {requested} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return requested
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Numbers too small for float32's exponent count as 0 inside, on the CPU. torch has no way to ask for the mode that
+    was set before; a number of that size, made anew, tells."""
+    before = torch.full((1,), 2.0**-130).item() == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def peak_memory(device: str) -> int:

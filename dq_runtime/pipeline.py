@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dq_runtime.data import Text, Windows, pack_windows, read_texts
-from dq_runtime.environment import device_name, peak_memory, resolve_device, versions
+from dq_runtime.environment import device_name, flushed_denormals, peak_memory, resolve_device, versions
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.evaluate.metrics import Quality, compare
 from dq_runtime.evaluate.report import Report, held_out_section, model_card, write_report
@@ -133,12 +133,12 @@ def quantize(
         device=device,
         overwrite=overwrite,
     )
-    torch.set_flush_denormal(True)  # x and its moments decay towards 0; denormals there cost up to 2x
     state = RunState(request.output, checkpoint_every)
     state.open(resume)
     texts = read_texts(calibration, held_out, spec.seed)
     try:
-        report = _run(request, texts, state, listener, started)
+        with flushed_denormals():  # x and its moments decay towards 0; denormals there cost up to 2x
+            report = _run(request, texts, state, listener, started)
     except BaseException:
         state.discard_unless_resumable()
         raise

@@ -344,7 +344,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_text_is_streamed_by_a_fresh_process(packed_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dq_runtime.generate", str(packed_model), "Later the baker", "--max-tokens", "24"]
+    # 24 tokens come so fast that a busy reader may find them all at once
+    command = [sys.executable, "-m", "dq_runtime.generate", str(packed_model), "Later the baker", "--max-tokens", "200"]
     command += ["--temperature", "1", "--seed", "3"]
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

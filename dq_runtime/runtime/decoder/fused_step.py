@@ -9,6 +9,7 @@ divided after it is summed.
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +30,9 @@ MAX_HEAD_DIM, MAX_HIDDEN = 256, 16384  # what a program of the kernels holds: dq
 
 def refusal(config: DecoderConfig) -> str | None:
     """Why the kernels cannot run a step of this model here, in one clause; None if they can."""
+    requested = os.environ.get("DQ_BACKEND") or "triton"
+    if requested != "triton":
+        return f"DQ_BACKEND={requested} asks for other kernels"
     unavailable = TritonCuda().available()
     if unavailable is not None:
         return unavailable

@@ -8,6 +8,7 @@ is the order of float32 sums.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,9 @@ class NativeDecoder:
         """Why the native decoder cannot run this model here; None if it can."""
         if device != "cpu":
             return f"native runs on the CPU only, got {device}"
+        requested = os.environ.get("DQ_BACKEND") or "native"
+        if requested != "native":
+            return f"DQ_BACKEND={requested} asks for other kernels"
         try:
             native()
         except ImportError as error:

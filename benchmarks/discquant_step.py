@@ -106,7 +106,7 @@ def measure(vocabulary: int, window: int, steps: int) -> dict[str, Any]:
     times = [b - a for a, b in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
     return {
         "implementation": os.environ.get("DQ_TRAINING", "auto"),
-        "compact_state": all(layer.compact for layer in layers.values()),
+        "half_state": all(layer.half_state for layer in layers.values()),
         "quantized_weights": weights,
         "seconds": {"median": statistics.median(times), "min": min(times), "max": max(times), "steps": len(times)},
         "peak_memory_bytes": torch.cuda.max_memory_allocated(),
@@ -119,11 +119,11 @@ def shape_of(options: argparse.Namespace) -> list[str]:
     return ["--vocab", str(options.vocab), "--window", str(options.window), "--steps", str(options.steps)]
 
 
-def in_own_process(implementation: str, options: argparse.Namespace) -> dict[str, Any]:
-    """:func:`measure` in a fresh process that may use ``implementation`` only."""
+def in_own_process(implementation: str, state: str, options: argparse.Namespace) -> dict[str, Any]:
+    """:func:`measure` in a fresh process that may use ``implementation`` only, its state in ``state`` bits."""
     done = subprocess.run(
         [sys.executable, __file__, "--worker", *shape_of(options)],
-        env={**os.environ, "DQ_TRAINING": implementation},
+        env={**os.environ, "DQ_TRAINING": implementation, "DQ_TRAINING_STATE": state},
         capture_output=True,
         text=True,
         check=False,
@@ -155,8 +155,9 @@ def main() -> int:
             f"discquant_step: nothing was timed, no usable GPU: {reason or 'TRITON_INTERPRET is set'}", file=sys.stderr
         )
         return 2
-    rows = [in_own_process(name, options) for name in ("reference", "triton")]
-    plain, fused = rows
+    runs = (("reference", "32"), ("triton", "32"), ("triton", "16"))
+    rows = [in_own_process(name, state, options) for name, state in runs]
+    plain, fused = rows[:2]
     apart = abs(fused["kl"][0] / plain["kl"][0] - 1)
     if apart > KL_TOLERANCE:
         print(
@@ -168,8 +169,9 @@ def main() -> int:
         "peak_memory": fused["peak_memory_bytes"] / plain["peak_memory_bytes"],
     }
     for row in rows:
+        state = 16 if row["half_state"] else 32
         print(
-            f"{row['implementation']:9}  {1e3 * row['seconds']['median']:7.1f} ms a step "
+            f"{row['implementation']:9} {state}-bit state  {1e3 * row['seconds']['median']:7.1f} ms a step "
             f"({1e3 * row['seconds']['min']:.1f} .. {1e3 * row['seconds']['max']:.1f}), "
             f"peak {row['peak_memory_bytes'] / 2**30:5.2f} GiB, KL {row['kl'][0]:.5f} -> {row['kl'][-1]:.5f}"
         )

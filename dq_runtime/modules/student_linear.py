@@ -7,12 +7,12 @@ Shapes: N = out_features, K = in_features, G = K / group_size; x, y, lo, free ar
 
              lo      y   free   x   m + v   x.grad   together
     plain    1       4   1      4   4 + 4   4        22
-    compact  0.375   2   0.125  2   2 + 2   2        10.5
+    compact  0.375   2   0.125  4   4 + 4   4        18.5
+    in half  0.375   2   0.125  2   2 + 2   2        10.5
 
 Compact is how layers are held where the training ops want it (on a GPU with Triton): lo as bitstream, y float16 (within
-2^-12 of a grid step of the original: 1/1000 of the rounding error that is being spread), free as bits, x float16 and
-the moments bfloat16 with stochastic rounding, x.grad bfloat16 and the activations in the dtype of the matmuls. What it
-costs: on a small random Llama in a float32 loop, 64 steps, 8 seeds, held-out KL 0.504 +- 0.006, plain 0.503 +- 0.006.
+2^-12 of a grid step of the original: 1/1000 of the rounding error that is being spread), free as bits, and the
+activations in the dtype of the matmuls. In half, only on request, see ``backends.training.half_state``.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class StudentLinear(nn.Module):
         lo, hi = grid.neighbours(w, scales)
         y, free = grid.position(w, scales) - lo, hi > lo
         self.compact = training.holds_compactly(w.device)
+        self.half_state = self.compact and training.half_state()
         self.register_buffer("_lo", pack_codes(lo, grid.spec.bits) if self.compact else lo)
         self.register_buffer("_y", y.half() if self.compact else y)
         self.register_buffer("_free", training.pack_flags(free) if self.compact else free)
@@ -102,8 +103,8 @@ class StudentLinear(nn.Module):
 
     def begin_relaxation(self) -> None:
         """Allocate x (zeros); methods that do not need the student never pay for it."""
-        self.x = nn.Parameter(torch.zeros_like(self._y))
-        if self.compact:
+        self.x = nn.Parameter(torch.zeros_like(self._y, dtype=torch.float16 if self.half_state else torch.float32))
+        if self.half_state:
             self.x.grad_dtype = torch.bfloat16  # else autograd would widen what lerp_mm's backward returns
 
     def end_relaxation(self) -> None:
@@ -115,8 +116,8 @@ class StudentLinear(nn.Module):
         return lerp_weight(self.lerp, self._y, torch.float32)
 
     def moments(self) -> Moments:
-        """Zeros of x's shape: float32, or bfloat16 where the layer is held compactly."""
-        dtype = torch.bfloat16 if self.compact else torch.float32
+        """Zeros of x's shape: float32, or bfloat16 where the state is held in half."""
+        dtype = torch.bfloat16 if self.half_state else torch.float32
         zeros = torch.zeros_like(self.x, dtype=dtype, requires_grad=False)
         return Moments(zeros, zeros.clone())
 
@@ -152,7 +153,7 @@ class StudentLinear(nn.Module):
             flat = h.reshape(-1, self.in_features).to(self.compute_dtype)
             dtype = self.compute_dtype if self.compact else dtype
             x = self.x if self.mode is Mode.RELAXED else self._y
-            y = lerp_mm(flat, x, self.lerp, torch.bfloat16 if self.compact else torch.float32)
+            y = lerp_mm(flat, x, self.lerp, torch.bfloat16 if self.half_state else torch.float32)
             y = y.view(*h.shape[:-1], self.out_features)
         y = self.transform.apply_output(y.to(dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -89,7 +89,7 @@ class Relaxation(Protocol):
 
     @property
     def x(self) -> Tensor:
-        """Leaf with requires_grad, float32 or (a layer held compactly) float16; kept in [0, 1], at 0 where not free."""
+        """Leaf with requires_grad, float32 or (a state held in half) float16; kept in [0, 1], at 0 where not free."""
         ...
 
     def mean_squared_step(self) -> float:

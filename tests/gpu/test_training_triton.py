@@ -60,8 +60,9 @@ def test_hadamard(width: int, dtype: torch.dtype) -> None:
     check_hadamard(width, dtype, "cuda")
 
 
-def test_a_whole_step() -> None:
-    check_whole_step("cuda")
+@pytest.mark.parametrize("state", ["32", "16"])
+def test_a_whole_step(state: str) -> None:
+    check_whole_step("cuda", state)
 
 
 def test_a_recorded_step_gives_the_gradients_of_the_eager_one() -> None:

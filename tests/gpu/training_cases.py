@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -254,8 +255,8 @@ def check_hadamard(width: int, dtype: torch.dtype, device: str) -> None:
         assert worst <= 1, f"error is {worst:.3g} times the bound"
 
 
-def check_step(device: str) -> None:
-    """One whole DiscQuant step of a layer held compactly, through the seam, against the plain layer in float32."""
+def check_step(device: str, state: str) -> None:
+    """One whole DiscQuant step of a layer held compactly, its state in 16 or 32 bits, against the plain layer."""
     import os
 
     from dq_runtime.grids import GRIDS
@@ -268,7 +269,7 @@ def check_step(device: str) -> None:
     inputs, upstream = torch.randn(2, 9, 128, generator=generator), torch.randn(2, 9, 50, generator=generator)
     results = []
     for requested in ("triton", "reference"):
-        os.environ["DQ_TRAINING"] = requested
+        os.environ |= {"DQ_TRAINING": requested, "DQ_TRAINING_STATE": state}
         grid = GridSpec(bits=3, group_size=64)
         layer = StudentLinear(w.to(device), None, GRIDS.get("int")(grid), TRANSFORMS.get("identity")())
         assert layer.compact == (requested == "triton")
@@ -283,7 +284,7 @@ def check_step(device: str) -> None:
         y.backward(upstream.to(y))
         assert layer.x.grad is not None
         assert source.grad is not None
-        assert layer.x.grad.dtype == (BF16 if layer.compact else FP32)
+        assert layer.x.grad.dtype == (BF16 if layer.compact and state == "16" else FP32)
         before = layer.x.grad.float().clone()
         moments = layer.moments()
         undecided = int(layer.step(moments, AdamStep(1, 0.05, 1e-3, 0.5, 0.9, 0.999, 0.01)))
@@ -292,7 +293,7 @@ def check_step(device: str) -> None:
         results.append(
             [layer.lo, layer.free, teacher, y.detach(), source.grad, before, layer.x.detach().float(), layer.y]
         )
-    del os.environ["DQ_TRAINING"]
+    del os.environ["DQ_TRAINING"], os.environ["DQ_TRAINING_STATE"]
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0][7], results[1][7], rtol=0, atol=2**-12)
@@ -318,7 +319,7 @@ def interpret_everything() -> dict[str, str]:
     todo += [(f"adam {size} {c}", lambda size=size, c=c: check_adam(size, c, "cpu")) for size, c in ADAM]  # type: ignore[misc]
     todo += [(f"kl {case}", lambda case=case: check_kl(*case, "cpu")) for case in KL]  # type: ignore[misc]
     todo += [(f"hadamard {case}", lambda case=case: check_hadamard(*case, "cpu")) for case in HADAMARD[::2]]  # type: ignore[misc]
-    todo.append(("step", lambda: check_step("cpu")))
+    todo += [(f"step {state}", partial(check_step, "cpu", state)) for state in ("32", "16")]
     verdicts = {}
     for name, check in todo:
         try:

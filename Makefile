@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Without a driver triton only compiles and interprets: with the version whose kernels were measured and judged, because
 # others allocate registers otherwise (3.9 spills in 4 of 360). With a driver torch chooses its own.
 GPU := $(wildcard /dev/nvidia0 /dev/nvidiactl)
-TORCH := $(if $(GPU),torch,torch==2.13.0 "triton==3.6.0; platform_machine == 'x86_64'")
+TORCH := $(if $(GPU),torch,torch==2.13.0 "triton==3.6.0; sys_platform == 'linux'")
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 

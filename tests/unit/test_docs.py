@@ -104,3 +104,16 @@ def test_the_gpu_figures_of_the_readme_are_the_committed_result(monkeypatch: pyt
     assert f"with {fused['peak_memory_bytes'] / plain['peak_memory_bytes']:.0%}\nof its memory" in readme.replace(
         " of its memory", "\nof its memory"
     )
+
+
+def test_the_cpu_figures_of_the_readme_are_the_committed_result() -> None:
+    readme = (ROOT / "README.md").read_text()
+    report = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    for row in report["rows"]:
+        if row.get("threads") == 2 and row.get("peak_bytes"):
+            speeds = f"{row['prefill_tokens_per_second']:.0f} | {row['decode_tokens_per_second']:.0f}"
+            assert f"| {row['candidate']} | {speeds} | {row['peak_bytes'] / 1e6:.0f} MB |" in readme
+    ratios = report["ratios"]
+    for name in ("decode_4bit", "decode_3bit", "prefill_4bit", "peak_memory"):
+        assert f"{ratios[name]:.2f}x" in readme
+    assert f"{ratios['cold_start']:.1f}x" in readme

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dq_runtime.backends import BACKENDS, reference
 from dq_runtime.backends.base import Backend, Call, GroupedBackend, PreparedWeight
-from dq_runtime.errors import BackendError
+from dq_runtime.backends.choice import first_willing
 from dq_runtime.packing import PackedWeight, pack_codes
 
 
@@ -37,20 +37,7 @@ def refusal(name: str, call: Call) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _choose(call: Call, requested: str | None) -> Backend:
-    if requested is not None:
-        if requested not in BACKENDS:
-            raise BackendError(f"DQ_BACKEND={requested!r} is not a backend; known: {', '.join(BACKENDS)}")
-        reason = refusal(requested, call)
-        if reason is not None:
-            raise BackendError(f"DQ_BACKEND={requested} cannot run {call}: {reason}")
-        return backend(requested)
-    reasons = []
-    for name in BACKENDS:
-        reason = refusal(name, call)
-        if reason is None:
-            return backend(name)
-        reasons.append(f"{name}: {reason}")
-    raise BackendError(f"no backend can run {call}: {'; '.join(reasons)}")
+    return backend(first_willing(BACKENDS, lambda name: refusal(name, call), call, requested, "DQ_BACKEND"))
 
 
 def choose(call: Call) -> Backend:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dq_runtime.backends.choice import first_willing
 from dq_runtime.errors import BackendError
 from dq_runtime.packing.layout import unpack_codes
 from dq_runtime.registry import Registry
@@ -120,22 +121,8 @@ def refusal(name: str, call: TrainingCall) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _choose(call: TrainingCall, requested: str | None) -> Training:
-    if requested is not None:
-        if requested not in IMPLEMENTATIONS:
-            raise BackendError(
-                f"DQ_TRAINING={requested!r} is not a training implementation; known: {', '.join(IMPLEMENTATIONS)}"
-            )
-        reason = refusal(requested, call)
-        if reason is not None:
-            raise BackendError(f"DQ_TRAINING={requested} cannot run {call}: {reason}")
-        return implementation(requested)
-    reasons = []
-    for name in IMPLEMENTATIONS:
-        reason = refusal(name, call)
-        if reason is None:
-            return implementation(name)
-        reasons.append(f"{name}: {reason}")
-    raise BackendError(f"no training implementation can run {call}: {'; '.join(reasons)}")
+    name = first_willing(IMPLEMENTATIONS, lambda name: refusal(name, call), call, requested, "DQ_TRAINING")
+    return implementation(name)
 
 
 def choose(call: TrainingCall) -> Training:

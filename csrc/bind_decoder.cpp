@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "cpu/decoder.h"
+#include "cpu/pool.h"
 
 namespace dq::binding {
 namespace {
@@ -84,38 +85,135 @@ std::unique_ptr<Decoder> make_decoder(const py::dict& c) {
     }
 }
 
+void check_ids(const int64_t* tokens, int64_t count, int64_t vocab) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= vocab) {
+            throw py::value_error("token id " + std::to_string(tokens[i]) + " is outside the vocabulary");
+        }
+    }
+}
+int allowed_threads(int threads) { return threads < 1 ? 1 : threads > kMaxThreads ? kMaxThreads : threads; }
+
 void step(Decoder& decoder, uintptr_t tokens, uintptr_t positions, int64_t batch, int64_t count, uintptr_t cache,
-          int64_t capacity, uintptr_t frequencies, uintptr_t logits, bool every_token, int threads) {
+          int64_t capacity, uintptr_t frequencies, uintptr_t logits, bool generated, bool every_token, int threads) {
     positive(batch, "batch");
     positive(count, "count");
     positive(capacity, "capacity");
-    if (count > 1 && batch * count > kChunk) {
-        throw py::value_error("at most " + std::to_string(kChunk) + " tokens a step, got " + std::to_string(batch * count));
+    if (count > 1 && (generated || batch * count > kChunk)) {
+        throw py::value_error("at most " + std::to_string(kChunk) + " tokens a step and one generated of a sequence, got " +
+                              std::to_string(batch * count));
     }
-    Decoder::Step s{};
-    s.tokens = address<const int64_t>(tokens, "tokens");
-    s.positions = address<const int64_t>(positions, "positions");
-    s.batch = batch;
-    s.count = count;
-    s.cache = address<void>(cache, "cache", 64);
-    s.capacity = capacity;
-    s.frequencies = address<const float>(frequencies, "frequencies");
-    s.logits = address<float>(logits, "logits");
-    s.every_token = every_token;
-    s.threads = threads < 1 ? 1 : threads > 255 ? 255 : threads;
+    const int64_t* held = address<const int64_t>(positions, "positions");
+    std::vector<Segment> segments;
     for (int64_t b = 0; b < batch; ++b) {
-        if (s.positions[b] < 0 || s.positions[b] + count > capacity) {
+        if (held[b] < 0 || held[b] + count > capacity) {
             throw py::value_error("sequence " + std::to_string(b) + " would exceed the capacity of " +
                                   std::to_string(capacity));
         }
+        segments.push_back({count, held[b], every_token ? count : 1, generated, nullptr, 0});
     }
-    for (int64_t i = 0; i < batch * count; ++i) {
-        if (s.tokens[i] < 0 || s.tokens[i] >= decoder.vocab()) {
-            throw py::value_error("token id " + std::to_string(s.tokens[i]) + " is outside the vocabulary");
-        }
-    }
+    const Layout layout = decoder.rings(batch, capacity);
+    const Decoder::Step s{address<const int64_t>(tokens, "tokens"),
+                          address<void>(cache, "cache", 64),
+                          layout,
+                          address<const float>(frequencies, "frequencies"),
+                          address<float>(logits, "logits"),
+                          allowed_threads(threads)};
+    check_ids(s.tokens, batch * count, decoder.vocab());
     py::gil_scoped_release release;
-    decoder.run(s);
+    decoder.run(std::move(segments), s);
+}
+
+// Which segment writes a block, and that nobody else touches it.
+class Writers {
+public:
+    explicit Writers(int64_t blocks) : writer_(static_cast<size_t>(blocks), -1) {}
+
+    void claim(int64_t block, int64_t segment) {
+        if (writer_[static_cast<size_t>(block)] >= 0) refuse(block, segment);
+        writer_[static_cast<size_t>(block)] = segment;
+    }
+    void check_reader(int64_t block, int64_t segment) const {
+        if (writer_[static_cast<size_t>(block)] >= 0) refuse(block, segment);
+    }
+
+private:
+    void refuse(int64_t block, int64_t segment) const {
+        throw py::value_error("segment " + std::to_string(segment) + " uses block " + std::to_string(block) +
+                              ", which segment " + std::to_string(writer_[static_cast<size_t>(block)]) +
+                              " writes: a block being written belongs to one place of one sequence");
+    }
+    std::vector<int64_t> writer_;
+};
+
+// [count, 5]: tokens, position, whether the last logits are wanted, whether it is generated, entries of the table.
+std::vector<Segment> segments_of(const int64_t* rows, int64_t count, const int64_t* tables, int64_t blocks,
+                                 int64_t positions) {
+    std::vector<Segment> segments;
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < count; ++i, rows += 5) {
+        const Segment s{rows[0], rows[1], rows[2] != 0, rows[3] != 0, tables, rows[4]};
+        const std::string name = "segment " + std::to_string(i);
+        if (s.count < 1 || s.count > kChunk || (s.generated && s.count != 1)) {
+            throw py::value_error(name + " has " + std::to_string(s.count) + " tokens; allowed are 1 to " +
+                                  std::to_string(kChunk) + ", and 1 where it is generated");
+        }
+        tokens += s.count;
+        if (s.position < 0 || s.position > positions - s.count) {
+            throw py::value_error(name + " would have tokens " + std::to_string(s.position) + " to " +
+                                  std::to_string(s.position + s.count - 1) + " of a sequence of at most " +
+                                  std::to_string(positions));
+        }
+        const int64_t needed = (s.position + s.count + kScoreTile - 1) / kScoreTile;
+        if (s.tiles < needed) {
+            throw py::value_error(name + " needs " + std::to_string(needed) + " blocks for " +
+                                  std::to_string(s.position + s.count) + " positions, its table has " +
+                                  std::to_string(s.tiles));
+        }
+        for (int64_t t = 0; t < s.tiles; ++t) {
+            if (tables[t] < 0 || tables[t] >= blocks) {
+                throw py::value_error(name + " names block " + std::to_string(tables[t]) + " of a memory of " +
+                                      std::to_string(blocks));
+            }
+        }
+        tables += s.tiles;
+        segments.push_back(s);
+    }
+    if (tokens > kChunk) {
+        throw py::value_error("at most " + std::to_string(kChunk) + " tokens a pass, got " + std::to_string(tokens));
+    }
+    Writers writers(blocks);
+    for (int64_t i = 0; i < count; ++i) {
+        const Segment& s = segments[static_cast<size_t>(i)];
+        const int64_t last = (s.position + s.count - 1) / kScoreTile;
+        for (int64_t t = s.position / kScoreTile; t <= last; ++t) writers.claim(s.blocks[t], i);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const Segment& s = segments[static_cast<size_t>(i)];
+        for (int64_t t = 0; t < s.position / kScoreTile; ++t) writers.check_reader(s.blocks[t], i);
+    }
+    return segments;
+}
+
+void run(Decoder& decoder, uintptr_t tokens, uintptr_t rows, int64_t count, uintptr_t tables, uintptr_t memory,
+         int64_t blocks, int64_t positions, uintptr_t frequencies, uintptr_t logits, int threads) {
+    positive(count, "the number of segments");
+    positive(blocks, "blocks");
+    positive(positions, "positions");
+    std::vector<Segment> segments = segments_of(address<const int64_t>(rows, "segments"), count,
+                                                address<const int64_t>(tables, "tables"), blocks, positions);
+    const Layout layout = decoder.blocks();
+    const Decoder::Step s{address<const int64_t>(tokens, "tokens"),
+                          address<void>(memory, "memory", 64),
+                          layout,
+                          address<const float>(frequencies, "frequencies"),
+                          address<float>(logits, "logits"),
+                          allowed_threads(threads)};
+    int64_t all = 0;
+    for (const Segment& segment : segments) all += segment.count;
+    check_ids(s.tokens, all, decoder.vocab());
+    py::gil_scoped_release release;
+    decoder.run(std::move(segments), s);
 }
 
 }  // namespace
@@ -124,10 +222,15 @@ void bind_decoder(py::module_& module) {
     using py::arg;
     py::class_<Decoder>(module, "Decoder", "A model as one native object; see csrc/cpu/decoder.h.")
         .def(py::init(&make_decoder), arg("model"))
-        .def("cache_bytes", &Decoder::cache_bytes, arg("batch"), arg("capacity"))
+        .def("cache_bytes", [](const Decoder& d, int64_t batch, int64_t capacity) { return d.rings(batch, capacity).bytes; },
+             arg("batch"), arg("capacity"))
         .def("step", &step, arg("tokens"), arg("positions"), arg("batch"), arg("count"), arg("cache"), arg("capacity"),
-             arg("frequencies"), arg("logits"), arg("every_token"), arg("threads"));
+             arg("frequencies"), arg("logits"), arg("generated"), arg("every_token"), arg("threads"))
+        .def("block_bytes", [](const Decoder& d) { return d.blocks().bytes; })
+        .def("run", &run, arg("tokens"), arg("segments"), arg("count"), arg("tables"), arg("memory"), arg("blocks"),
+             arg("positions"), arg("frequencies"), arg("logits"), arg("threads"));
     module.attr("CHUNK") = kChunk;
+    module.attr("TILE") = kScoreTile;
 }
 
 }  // namespace dq::binding

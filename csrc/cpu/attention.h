@@ -7,13 +7,17 @@ namespace dq {
 
 constexpr int kPositions = 16;       // positions of a block of keys
 constexpr int64_t kScoreTile = 64;  // positions scored at once
+// Up to so many rows (tokens x heads) four tiles may be scored before their softmax: its fixed cost is half of a tile's
+// arithmetic then.
+constexpr int64_t kFewRows = 12, kWideSpan = 4 * kScoreTile;
 
-// The cache of one layer, sequence and key-value head: tiles of 64 positions, `stride` bytes apart, each its keys and
-// then its values. Keys lie in blocks of 16 positions, [block][dim][16 positions], so that the scores of 16 positions
-// need no sum across lanes; values are [position][dim]. Position p is in tile p / 64 % tiles.
+// The cache of one layer, sequence and key-value head: tiles of 64 positions, each its keys and then its values. Keys lie
+// in blocks of 16 positions, [block][dim][16 positions], so that the scores of 16 positions need no sum across lanes;
+// values are [position][dim]. Positions 64 t to 64 t + 63 are in tile blocks[t % tiles], at base + tile * stride.
 struct KeyValue {
     unsigned char* base;
-    int64_t stride;
+    int64_t stride;         // bytes
+    const int64_t* blocks;  // [tiles]
     int64_t tiles;
     int64_t dim;    // a multiple of 16
     bool is_half;   // float16, else float32
@@ -27,6 +31,7 @@ struct AttendUnit {
     int64_t position;     // of the first token; token t sees positions <= position + t
     int64_t window;       // and > position + t - window; 0: no window
     int64_t begin, end;
+    int64_t span;         // positions of one softmax, kScoreTile or (up to kFewRows rows) kWideSpan; fixes the order of sums
     float softcap;        // scores become softcap * tanh(score / softcap); 0: off
     KeyValue cache;
     float* out;           // like q: sum of exp(score - top) * value

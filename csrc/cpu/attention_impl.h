@@ -30,12 +30,11 @@ struct Element<false> {
 // The tile that holds a position: its keys, and kScoreTile * dim further its values.
 template <bool Half>
 DQ_INLINE typename Element<Half>::Type* tile_at(const KeyValue& cache, int64_t position) {
-    return reinterpret_cast<typename Element<Half>::Type*>(cache.base + position / kScoreTile % cache.tiles * cache.stride);
+    const int64_t tile = cache.blocks[position / kScoreTile % cache.tiles];
+    return reinterpret_cast<typename Element<Half>::Type*>(cache.base + tile * cache.stride);
 }
 
 constexpr int kScoreRows = 8;
-// Up to this many rows, four tiles are scored before their softmax: its fixed cost is half of a tile's arithmetic then.
-constexpr int64_t kFewRows = 12;
 // Accumulators of the value product: 4 rows x 4 vectors.
 constexpr int kValueRows = 4, kValueVectors = 4;
 
@@ -223,9 +222,10 @@ void attend_in(const AttendUnit& u) {
         int64_t begin = u.begin, end = u.end;
         if (end > u.position + last_token + 1) end = u.position + last_token + 1;
         if (u.window && begin < u.position + first_token - u.window + 1) begin = u.position + first_token - u.window + 1;
-        // Tiles begin at multiples of their size and so never cross the end of the ring. What a slot outside
-        // [begin, end) holds is masked; it is some finite number, so that 0 times it is 0.
-        const int64_t span = count <= kFewRows ? kMostRows / kFewRows * kScoreTile : kScoreTile;
+        // Tiles begin at multiples of their size and so never cross the end of a ring or block. A row's sums are the same
+        // whichever rows it is taken with: positions that only those see add exact zeros, for scores outside of what a
+        // row sees are masked, values at or beyond `end` are not read, and those before it are finite.
+        const int64_t span = u.span;
         for (int64_t p = begin / kScoreTile * kScoreTile; p < end; p += span) {
             const int64_t seen = end - p < span ? end - p : span;
             const int64_t last = (seen - 1) / kScoreTile;  // tile of the span

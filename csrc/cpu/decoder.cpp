@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "pool.h"
 #include "vec.h"
@@ -10,9 +11,6 @@
 namespace dq {
 namespace {
 
-// Positions that one unit of a one-token step attends to: a fixed number, so that the result does not depend on the
-// number of threads. 256 positions of 3 heads are about 5 us.
-constexpr int64_t kSplit = 256;
 // Tokens from which a matmul with too few rows for all threads is cut along the tokens too.
 constexpr int64_t kTokenCut = 64;
 
@@ -33,16 +31,14 @@ struct Decoder::Phases {
     const DecoderModel& m;
     const Kernels& k;
     const Step& step;
-    int64_t tokens;  // batch * count
-    int64_t wanted;  // tokens whose logits are asked for
-    int64_t splits;  // of a one-token step's positions
+    const Pass& pass;
+    int64_t tokens, wanted;  // wanted: those whose logits are asked for
 
     int layers() const { return static_cast<int>(m.layers.size()); }
     // embed, the layers, final norm, head, soft cap
     int phases() const { return 1 + kPerLayer * layers() + 2 + (m.logit_softcap > 0.0f ? 1 : 0); }
 
     int64_t heads_per_kv() const { return m.heads / m.kv_heads; }
-    int64_t tokens_per_attend() const { return std::max<int64_t>(1, kAttendRows / heads_per_kv()); }
     int64_t qkv_stride() const { return m.layers[0].qkv.w.blocks() * kRows; }
     int64_t mixed_stride() const { return m.heads * m.head_dim; }
     int64_t gate_stride() const { return round_up(m.intermediate, kRows); }
@@ -60,10 +56,7 @@ struct Decoder::Phases {
             case kO: return matmul_units(layer.o, tokens, false);
             case kGateUp: return matmul_units(layer.gate_up, tokens, true);
             case kDown: return matmul_units(layer.down, tokens, false);
-            case kAttend: {
-                const int64_t parts = step.count == 1 ? splits : (step.count - 1) / tokens_per_attend() + 1;
-                return step.batch * m.kv_heads * parts;
-            }
+            case kAttend: return static_cast<int64_t>(pass.items.size()) * m.kv_heads;
             default: return tokens;
         }
     }
@@ -116,6 +109,7 @@ struct Decoder::Phases {
         return std::min(rows / kTokenCut, (wanted_units + tiles - 1) / tiles);
     }
     int64_t matmul_units(const DecoderLinear& linear, int64_t rows, bool paired) const {
+        if (rows == 0) return 0;
         if (rows <= kFewTokens) return linear.w.blocks() / (paired ? 2 : 1);
         const int64_t tiles = (linear.w.blocks() + 1) / 2;
         return tiles * token_cuts(tiles, rows);
@@ -139,14 +133,17 @@ struct Decoder::Phases {
     // The one buffer of activations, laid out for the weight that reads it next.
     Activations activations(const Prepared& w) const {
         Activations a;
-        place_activations(w, std::max(tokens, wanted), m.exact, aligned<unsigned char>(d.activations_, 0), &a);
+        place_activations(w, tokens, m.exact, aligned<unsigned char>(d.activations_, 0), &a);
         return a;
     }
     void feed(const DecoderLinear& next, const float* x, int64_t stride, int64_t begin, int64_t end) {
         const Activations a = activations(next.w);
         if (m.exact) return k.pad(next.w, x, stride, a, begin, end);
-        // The head is few rows or an evaluation: full precision.
-        k.quantize(next.w, x, stride, &next == &m.head ? 0.0f : fine_above(tokens), a, begin, end);
+        for (int64_t row = begin; row < end; ++row) {
+            // The head is few rows or an evaluation: full precision.
+            const bool fine = &next == &m.head || pass.all_fine(row);
+            k.quantize(next.w, x, stride, fine ? kAllFine : kFineAbove, a, row, row + 1);
+        }
     }
 
     void embed(int64_t begin, int64_t end) {
@@ -176,11 +173,10 @@ struct Decoder::Phases {
         for (const int64_t dim : m.rope_dims) total += dim;
         return total;
     }
-    int64_t position_of(int64_t token) const { return step.positions[token / step.count] + token % step.count; }
     void angles(int64_t token) {
         float* to = d.rotation_.data() + token * rotation_stride();
         const float* frequency = step.frequencies;
-        const float position = static_cast<float>(position_of(token));
+        const float position = static_cast<float>(pass.position[static_cast<size_t>(token)]);
         for (size_t rope = 0; rope < m.rope_dims.size(); ++rope) {
             const int64_t half = m.rope_dims[rope] / 2;
             for (int64_t i = 0; i < half; ++i) {
@@ -209,11 +205,12 @@ struct Decoder::Phases {
         feed(next, d.norm_.data(), m.hidden, begin, end);
     }
 
-    KeyValue cache_of(size_t index, int64_t sequence, int64_t head) const {
-        const Place& place = d.place_[index];
-        const int64_t each = d.head_tile_bytes();
-        auto* base = static_cast<unsigned char*>(step.cache) + place.offset + sequence * place.tiles * place.stride;
-        return {base + head * each, place.stride, place.tiles, m.head_dim, !m.exact};
+    KeyValue cache_of(size_t layer, int64_t segment, int64_t head) const {
+        const Layout::Place& place = step.layout.places[layer];
+        const Segment& s = pass.segments[static_cast<size_t>(segment)];
+        auto* base = static_cast<unsigned char*>(step.memory) + place.offset + head * d.head_tile_bytes();
+        const int64_t* blocks = place.ring ? step.layout.in_order.data() + segment * place.ring : s.blocks;
+        return {base, place.stride, blocks, place.ring ? place.ring : s.tiles, m.head_dim, !m.exact};
     }
 
     void rotate(const DecoderLayer& layer, size_t index, int64_t begin, int64_t end) {
@@ -235,66 +232,66 @@ struct Decoder::Phases {
             const float* key = row + m.heads * dim;
             const float* value = key + m.kv_heads * dim;
             for (int64_t head = 0; head < m.kv_heads; ++head) {
-                const KeyValue cache = cache_of(index, token / step.count, head);
-                k.store_key_value(key + head * dim, value + head * dim, cache, position_of(token));
+                const size_t t = static_cast<size_t>(token);
+                k.store_key_value(key + head * dim, value + head * dim, cache_of(index, pass.owner[t], head),
+                                  pass.position[t]);
             }
         }
     }
 
     void attend(const DecoderLayer& layer, size_t index, int64_t begin, int64_t end, int thread) {
         const int64_t group = heads_per_kv(), dim = m.head_dim;
-        const int64_t parts = step.count == 1 ? splits : (step.count - 1) / tokens_per_attend() + 1;
         for (int64_t unit = begin; unit < end; ++unit) {
-            const int64_t part = unit % parts, head = unit / parts % m.kv_heads, sequence = unit / parts / m.kv_heads;
-            const bool split = step.count == 1 && splits > 1;
-            const int64_t first = step.count == 1 ? 0 : part * tokens_per_attend();
-            const int64_t token = sequence * step.count + first;
+            const AttendItem& item = pass.items[static_cast<size_t>(unit / m.kv_heads)];
+            const int64_t head = unit % m.kv_heads;
             AttendUnit u{};
-            u.q = d.wide_.data() + token * qkv_stride() + head * group * dim;
+            u.q = d.wide_.data() + item.token * qkv_stride() + head * group * dim;
             u.token_stride = qkv_stride();
-            u.tokens = std::min(tokens_per_attend(), step.count - first);
+            u.tokens = item.tokens;
             u.heads = group;
-            u.position = step.positions[sequence] + first;
+            u.position = pass.position[static_cast<size_t>(item.token)];
             u.window = layer.window;
-            u.begin = split ? part * kSplit : 0;
-            u.end = split ? (part + 1) * kSplit : INT64_MAX;
+            u.begin = item.begin;
+            u.end = item.end;
+            // By what the token is, not by how many there are: it decides in which order a softmax is summed.
+            u.span = pass.segment_of(item.token).generated && group <= kFewRows ? kWideSpan : kScoreTile;
             u.softcap = m.attention_softcap;
-            u.cache = cache_of(index, sequence, head);
-            u.normalise = !split;
-            if (split) {
-                const int64_t at = (sequence * splits + part) * m.heads + head * group;
+            u.cache = cache_of(index, item.segment, head);
+            u.normalise = item.part < 0;
+            if (item.part < 0) {
+                u.out = d.norm_.data() + item.token * mixed_stride() + head * group * dim;
+                u.out_stride = mixed_stride();
+            } else {
+                const int64_t at = item.part * m.heads + head * group;
                 u.out = d.partial_.data() + at * dim;
                 u.top = d.statistic_.data() + at;
-                u.total = d.statistic_.data() + step.batch * splits * m.heads + at;
-            } else {
-                u.out = d.norm_.data() + token * mixed_stride() + head * group * dim;
-                u.out_stride = mixed_stride();
+                u.total = d.statistic_.data() + pass.parts() * m.heads + at;
             }
             u.scratch = aligned<float>(d.scratch_, thread * d.scratch_stride_);
             k.attend(u);
         }
     }
 
-    // Joins what the units of a split one-token step found, and hands the heads to the output projection.
+    // Joins the partial results of split tokens, and hands the heads to the output projection.
     void mixed(const DecoderLayer& layer, int64_t begin, int64_t end) {
-        if (step.count == 1 && splits > 1) {
-            for (int64_t token = begin; token < end; ++token) {
-                for (int64_t head = 0; head < m.heads; ++head) join(token, head);
-            }
+        for (int64_t token = begin; token < end; ++token) {
+            const size_t segment = static_cast<size_t>(pass.owner[static_cast<size_t>(token)]);
+            const int64_t first = pass.first_part[segment], parts = pass.first_part[segment + 1] - first;
+            for (int64_t head = 0; parts > 0 && head < m.heads; ++head) join(token, head, first, parts);
         }
         feed(layer.o, d.norm_.data(), mixed_stride(), begin, end);
     }
-    void join(int64_t sequence, int64_t head) {
-        const float* tops = d.statistic_.data() + sequence * splits * m.heads + head;
-        const float* totals = tops + step.batch * splits * m.heads;
+    void join(int64_t token, int64_t head, int64_t first, int64_t parts) {
+        const float* tops = d.statistic_.data() + first * m.heads + head;
+        const float* totals = tops + pass.parts() * m.heads;
         float top = -INFINITY, total = 0.0f;
-        for (int64_t s = 0; s < splits; ++s) top = std::max(top, tops[s * m.heads]);
-        float* out = d.norm_.data() + sequence * mixed_stride() + head * m.head_dim;
+        for (int64_t s = 0; s < parts; ++s) top = std::max(top, tops[s * m.heads]);
+        float* out = d.norm_.data() + token * mixed_stride() + head * m.head_dim;
         std::memset(out, 0, static_cast<size_t>(m.head_dim) * sizeof(float));
-        for (int64_t s = 0; s < splits; ++s) {
+        for (int64_t s = 0; s < parts; ++s) {
             const float factor = std::exp(tops[s * m.heads] - top);
             total += factor * totals[s * m.heads];
-            const float* part = d.partial_.data() + ((sequence * splits + s) * m.heads + head) * m.head_dim;
+            const float* part = d.partial_.data() + ((first + s) * m.heads + head) * m.head_dim;
             for (int64_t i = 0; i < m.head_dim; ++i) out[i] += factor * part[i];
         }
         for (int64_t i = 0; i < m.head_dim; ++i) out[i] /= total;
@@ -303,7 +300,7 @@ struct Decoder::Phases {
     void final_norm(int64_t begin, int64_t end) {
         const float* after = m.layers.back().after_mlp_norm;
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t token = step.every_token ? i : (i + 1) * step.count - 1;
+            const int64_t token = pass.rows[static_cast<size_t>(i)];
             float* x = d.x_.data() + token * m.hidden;
             float* y = d.y_.data() + token * m.hidden;
             if (after != nullptr) k.rms_norm(y, after, y, m.hidden, m.eps);
@@ -320,14 +317,11 @@ struct Decoder::Phases {
     }
 };
 
-void Decoder::run(const Step& step) {
-    const int64_t tokens = step.batch * step.count;
-    int64_t longest = 0;
-    for (int64_t b = 0; b < step.batch; ++b) longest = std::max(longest, step.positions[b] + step.count);
-    const int64_t splits = step.count == 1 ? (longest + kSplit - 1) / kSplit : 1;
-    reserve(tokens, splits, step.threads);
-    place_cache(step.batch, step.capacity);
-    Phases phases{*this, model_, kernels_, step, tokens, step.every_token ? tokens : step.batch, splits};
+void Decoder::run(std::vector<Segment> segments, const Step& step) {
+    pass_.segments = std::move(segments);
+    pass_.plan(std::max<int64_t>(1, kAttendRows / (model_.heads / model_.kv_heads)));
+    reserve(step.threads);
+    Phases phases{*this, model_, kernels_, step, pass_, pass_.tokens(), pass_.wanted()};
     run_job({phases.phases(), [](void* p, int phase) { return static_cast<Phases*>(p)->units(phase); },
              [](void* p, int phase, int64_t begin, int64_t end, int thread) {
                  static_cast<Phases*>(p)->work(phase, begin, end, thread);

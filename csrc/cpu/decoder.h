@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "kernels.h"
+#include "pass.h"
 #include "prepared.h"
 #include "repack.h"
 
@@ -46,38 +47,46 @@ struct DecoderModel {
 // Most tokens of one pass: bounds activations and what the ring of a sliding window must hold beyond the window.
 constexpr int64_t kChunk = 512;
 
+// Where the tiles of 64 positions lie in the memory of keys and values. It must be zero at first, 64-byte aligned.
+struct Layout {
+    // Of one layer: tile t is at offset + t * stride. A sequence's tiles are those its table names; with rings they are
+    // `ring` tiles of its own, used again from the first on when a window has left them behind (0: no ring).
+    struct Place {
+        int64_t offset, stride, ring;
+    };
+    std::vector<Place> places;
+    std::vector<int64_t> in_order;  // 0, 1, 2 ..: the table of the first sequence's ring, the others' follow
+    int64_t bytes;                  // of all sequences with rings, of one block without
+};
+
 class Decoder {
 public:
     explicit Decoder(DecoderModel model);
 
-    // Bytes of the cache of `batch` sequences of `capacity` positions. It must be zero at first, 64-byte aligned.
-    int64_t cache_bytes(int64_t batch, int64_t capacity) { return place_cache(batch, capacity); }
+    // `batch` sequences of up to `capacity` positions each; layers with a sliding window keep only what it can see.
+    Layout rings(int64_t batch, int64_t capacity) const;
+    // Blocks of 64 positions of all layers; windows save nothing here.
+    Layout blocks() const;
 
     struct Step {
-        const int64_t* tokens;     // [batch, count] ids
-        const int64_t* positions;  // [batch] positions already in the cache
-        int64_t batch, count;      // batch * count <= max(kChunk, batch)
-        void* cache;
-        int64_t capacity;
+        const int64_t* tokens;  // ids, segment after segment
+        void* memory;
+        const Layout& layout;
         const float* frequencies;  // radians per position, the ropes' tables one after the other, dim / 2 each
-        float* logits;             // [batch, vocab] of the last token of each sequence, or [batch * count, vocab]
-        bool every_token;
+        float* logits;             // [wanted tokens, vocab]
         int threads;
     };
-    void run(const Step& step);
+    // What the caller has checked: ids, positions within rings or tables, tables within the memory. At most kChunk
+    // tokens, or one of each segment. Not by two threads at a time.
+    void run(std::vector<Segment> segments, const Step& step);
     int64_t vocab() const { return model_.vocab; }
 
 private:
     struct Phases;
     friend struct Phases;
 
-    // Where a layer's tiles lie in a cache: `offset` of the first, `stride` bytes between two, of each sequence `tiles`.
-    struct Place {
-        int64_t offset, stride, tiles;
-    };
     int64_t head_tile_bytes() const;
-    int64_t place_cache(int64_t batch, int64_t capacity);
-    void reserve(int64_t tokens, int64_t splits, int threads);
+    void reserve(int threads);  // workspaces for pass_
 
     DecoderModel model_;
     const Kernels& kernels_;
@@ -86,7 +95,7 @@ private:
     std::vector<float> x_, y_, wide_, norm_, rotation_, partial_, statistic_;
     std::vector<unsigned char> activations_, scratch_;
     int64_t scratch_stride_ = 0;
-    std::vector<Place> place_;
+    Pass pass_;
 };
 
 }  // namespace dq

@@ -1,6 +1,7 @@
-// What a decoder allocates: where the layers' tiles lie in a cache, and the workspaces of a step.
+// What a decoder allocates: where the layers' tiles lie in the memory of keys and values, and the workspaces of a step.
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "decoder.h"
@@ -30,32 +31,43 @@ int64_t Decoder::head_tile_bytes() const { return 2 * kScoreTile * model_.head_d
 
 // Layers with as many tiles (all without a window, all with the same one) share a region, [sequence][tile][layer][head]:
 // it fills from its beginning on, so that memory is touched as positions come, in whole pages however large.
-int64_t Decoder::place_cache(int64_t batch, int64_t capacity) {
+Layout Decoder::rings(int64_t batch, int64_t capacity) const {
     const size_t layers = model_.layers.size();
-    place_.assign(layers, {});
+    std::vector<Layout::Place> places(layers);
     const int64_t layer_tile = model_.kv_heads * head_tile_bytes();
-    int64_t total = 0;
+    int64_t total = 0, most = 0;
     for (size_t i = 0; i < layers; ++i) {
-        if (place_[i].tiles) continue;
+        if (places[i].ring) continue;
         const int64_t window = model_.layers[i].window;
         const int64_t tiles = round_up(window ? std::min(capacity, window + kChunk - 1) : capacity, kScoreTile) / kScoreTile;
         int64_t stride = 0;
         for (size_t j = i; j < layers; ++j) {
             if (model_.layers[j].window != window) continue;
-            place_[j] = {total + stride, 0, tiles};
+            places[j] = {total + stride, 0, tiles};
             stride += layer_tile;
         }
         for (size_t j = i; j < layers; ++j) {
-            if (model_.layers[j].window == window) place_[j].stride = stride;
+            if (model_.layers[j].window == window) places[j].stride = stride;
         }
         total += batch * tiles * stride;
+        most = std::max(most, tiles);
     }
-    return total;
+    std::vector<int64_t> in_order(static_cast<size_t>(batch * most));
+    std::iota(in_order.begin(), in_order.end(), 0);
+    return {std::move(places), std::move(in_order), total};
 }
 
-void Decoder::reserve(int64_t tokens, int64_t splits, int threads) {
+// [block][layer][head]: a pass over one sequence reads whole pages, and one of few positions touches few.
+Layout Decoder::blocks() const {
+    const int64_t layers = static_cast<int64_t>(model_.layers.size()), layer_tile = model_.kv_heads * head_tile_bytes();
+    std::vector<Layout::Place> places;
+    for (int64_t i = 0; i < layers; ++i) places.push_back({i * layer_tile, layers * layer_tile, 0});
+    return {std::move(places), {}, layers * layer_tile};
+}
+
+void Decoder::reserve(int threads) {
     const DecoderModel& m = model_;
-    const int64_t mixed = m.heads * m.head_dim;
+    const int64_t tokens = pass_.tokens(), mixed = m.heads * m.head_dim;
     grow(x_, tokens * m.hidden);
     grow(y_, tokens * m.hidden);
     grow(wide_, tokens * widest_);
@@ -63,10 +75,8 @@ void Decoder::reserve(int64_t tokens, int64_t splits, int threads) {
     int64_t angles = 0;
     for (const int64_t dim : m.rope_dims) angles += dim;
     grow(rotation_, tokens * angles);
-    if (splits > 1) {
-        grow(partial_, tokens * splits * mixed);
-        grow(statistic_, 2 * tokens * splits * m.heads);
-    }
+    grow(partial_, pass_.parts() * mixed);
+    grow(statistic_, 2 * pass_.parts() * m.heads);
     int64_t bytes = 0;
     for (const DecoderLayer& layer : m.layers) {
         for (const DecoderLinear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down, &m.head}) {

@@ -14,6 +14,7 @@ namespace {
 struct Isa {
     // 16 registers: 2 tokens x 2 blocks are 8 16-bit sums; the rest spills, off the inner loop.
     static constexpr int kTokens = 4;
+    static constexpr int kMostFew = 4;
 
     struct Quad {
         __m256i a, b;  // rows 0-7, 8-15

@@ -12,6 +12,7 @@ namespace {
 
 struct Isa {
     static constexpr int kTokens = 2;  // 2 tokens x 2 blocks: 16 int32 and 16 float32 accumulators of 32 registers
+    static constexpr int kMostFew = 4;
 
     struct Quad {
         uint8x16_t part[4];  // rows 4i .. 4i+3

@@ -9,6 +9,7 @@ namespace {
 
 struct Isa {
     static constexpr int kTokens = 4;
+    static constexpr int kMostFew = 4;
 
     struct Quad {
         uint8_t code[4 * kRows];  // [row][column]

@@ -17,12 +17,13 @@ struct Tile {
     void* scratch;                   // scratch_bytes(w, exact), needed above kFewTokens tokens
 };
 
-// Up to this many tokens a block is unpacked in registers, once; above, into scratch, and read back per 6 tokens.
-constexpr int kFewTokens = 4;
+// Up to this many tokens a block is unpacked in registers; above, into scratch, and read back per 6 tokens.
+constexpr int kFewTokens = 16;
 
-// `fine_above` of more tokens than that; up to kFewTokens every group is fine.
-constexpr float kFineAbove = 3.25f;
-constexpr float fine_above(int64_t tokens) { return tokens <= kFewTokens ? 0.0f : kFineAbove; }
+// `fine_above` where every group is to have 15 bits, and where only outliers are.
+constexpr float kAllFine = 0.0f, kFineAbove = 3.25f;
+// Up to so many tokens a matmul waits for memory, and 15 bits for all of them cost nothing.
+constexpr int64_t kFineTokens = 4;
 
 inline int64_t scratch_bytes(const Prepared& w, bool exact) { return 2 * kRows * w.columns() * (exact ? 4 : 1); }
 
@@ -39,7 +40,8 @@ struct Kernels {
     // y = epilogue(a @ decode(w).T): exact int32 sums per group, each times scale * activation scale, added in group
     // order in float32, a group's low part after its high one. An element depends on its token and row only.
     void (*matmul_int8)(const Prepared& w, const Activations& a, const Output& out, const Tile& tile);
-    // The same with float32 activations and exactly decoded weights. |error| <= (columns + 4) u sum |x| |w|.
+    // The same with float32 activations and exactly decoded weights: a group's products added column by column, then that
+    // sum times the scale. An element depends on its token and row only here too. |error| <= (columns + 4) u sum |x| |w|.
     void (*matmul_exact)(const Prepared& w, const Activations& a, const Output& out, const Tile& tile);
 
     // out[i] = x[i] / rms(x) * weight[i], with rms(x) = sqrt(mean(x^2) + eps).

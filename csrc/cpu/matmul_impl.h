@@ -1,11 +1,12 @@
 // The matmuls, written once over the primitives of an `Isa` (isa_*.h). Included by one file per instruction set.
 //
-// Few tokens: a block of 16 rows is unpacked in registers and met by each token at once; the weights stream from memory
-// once, and that stream is what a decode step costs. Many tokens: two blocks are unpacked into scratch (L1 or L2), and
+// Few tokens: a block of 16 rows is unpacked in registers and met by several tokens at once; the weights stream from
+// memory once, and that stream is what a decode step costs. Many tokens: two blocks are unpacked into scratch (L1 or L2), and
 // tiles of 6 tokens x 32 rows run over it.
 #pragma once
 
 #include "kernels.h"
+#include "matmul_exact_impl.h"
 #include "prepared.h"
 #include "vec.h"
 
@@ -50,10 +51,10 @@ DQ_INLINE Isa::Ints first_sum(const Prepared& w, int64_t scale_at, int32_t sum) 
 }
 
 template <int M>
-DQ_INLINE bool any_fine(const Activations& a, int64_t token, int64_t g) {
-    int any = 0;
-    for (int m = 0; m < M; ++m) any |= a.fine[(token + m) * a.groups + g];
-    return any != 0;
+DQ_INLINE int count_fine(const Activations& a, int64_t token, int64_t g) {
+    int fine = 0;
+    for (int m = 0; m < M; ++m) fine += a.fine[(token + m) * a.groups + g];
+    return fine;
 }
 
 // out[m] += sums[m] * scale of the weight * scale of the activation * factor
@@ -105,7 +106,9 @@ DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, con
     return codes;
 }
 
-// Products of one block with M tokens.
+// Products of one block with M tokens. Where most tokens of a group are fine their low parts are summed together; where
+// few are, each alone, unpacking the group again: of eight tokens with an outlier in one group of eight, one in two
+// groups has none to sum.
 template <int Storage, int M>
 DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block, int64_t token, Isa::Floats* out) {
     const uint8_t* codes = w.codes + block * w.block_bytes();
@@ -117,105 +120,87 @@ DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block
     const int64_t to_low = a.low - a.q;
     for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t scale_at = (block * w.groups + g) * kRows;
-        const bool fine = any_fine<M>(a, token, g);
+        const int fine = count_fine<M>(a, token, g);
+        const bool together = 2 * fine > M;
+        const uint8_t* const group = codes;
         Isa::Sums<Storage> sums[M], low[M];
         for (int m = 0; m < M; ++m) {
             const int64_t at = (token + m) * a.groups + g;
             Isa::start(sums[m], first_sum<Storage>(w, scale_at, a.sum[at]));
             Isa::start(low[m], first_sum<Storage>(w, scale_at, a.low_sum[at]));
         }
-        codes = fine ? group_int8<Storage, M, true>(w, codes, x, to_low, sums, low)
-                     : group_int8<Storage, M, false>(w, codes, x, to_low, sums, low);
-        for (int m = 0; m < M; ++m) x[m] += w.padded;
+        codes = together ? group_int8<Storage, M, true>(w, codes, x, to_low, sums, low)
+                         : group_int8<Storage, M, false>(w, codes, x, to_low, sums, low);
         const Isa::Floats scale = Isa::load16(w.scale + scale_at, w.is_bf16);
         add_group<Storage, M>(sums, scale, a, token, g, 1.0f, out);
-        if (fine) add_group<Storage, M>(low, scale, a, token, g, 1.0f / 256.0f, out);
+        if (together) {
+            add_group<Storage, M>(low, scale, a, token, g, 1.0f / 256.0f, out);
+        } else if (fine) {
+            for (int m = 0; m < M; ++m) {
+                if (!a.fine[(token + m) * a.groups + g]) continue;
+                const int8_t* const alone = x[m] + to_low;
+                group_int8<Storage, 1, false>(w, group, &alone, 0, low + m, low + m);
+                add_group<Storage, 1>(low + m, scale, a, token + m, g, 1.0f / 256.0f, out + m);
+            }
+        }
+        for (int m = 0; m < M; ++m) x[m] += w.padded;
     }
 }
 
-// The same with float32 activations. Four sums a token, one per column of a quad, keep four multiply-adds in flight.
-template <int Storage, int M>
-DQ_INLINE void block_exact(const Prepared& w, const Activations& a, int64_t block, int64_t token, Isa::Floats* out) {
-    const uint8_t* codes = w.codes + block * w.block_bytes();
-    const float* x[M];
+// B blocks with M tokens; where the epilogue pairs blocks, the two of a pair. Not inlined: the registers of one M are
+// not to be chosen with regard to the others'.
+template <int Storage, bool Exact, int M, int B>
+__attribute__((noinline)) void few_of_blocks(const Prepared& w, const Activations& a, const Output& out, int64_t block, int64_t token) {
+    alignas(64) float products[B][M][kRows];
+    Isa::Floats sums[B][M];
+    // One token's sum is a chain of additions: two blocks at once hide its latency.
+    if constexpr (Exact && M == 1) {
+        blocks_exact<Storage, M, B>(w, a, block, token, sums);
+    } else {
+        for (int b = 0; b < B; ++b) {
+            if constexpr (Exact) {
+                blocks_exact<Storage, M, 1>(w, a, block + b, token, sums + b);
+            } else {
+                block_int8<Storage, M>(w, a, block + b, token, sums[b]);
+            }
+        }
+    }
+    for (int b = 0; b < B; ++b) {
+        for (int m = 0; m < M; ++m) Isa::store_floats(products[b][m], sums[b][m]);
+    }
     for (int m = 0; m < M; ++m) {
-        x[m] = a.x + (token + m) * a.columns;
-        out[m] = Isa::splat_float(0.0f);
-    }
-    for (int64_t g = 0; g < w.groups; ++g) {
-        Isa::Floats sums[M][4];
-        for (int m = 0; m < M; ++m) {
-            for (int j = 0; j < 4; ++j) sums[m][j] = Isa::splat_float(0.0f);
-        }
-        if constexpr (Storage == kFloat) {
-            const uint16_t* values = reinterpret_cast<const uint16_t*>(codes);
-            for (int64_t c = 0; c < w.padded; c += 4, values += 4 * kRows) {  // padded is a multiple of 4
-                for (int j = 0; j < 4; ++j) {
-                    const Isa::Floats value = Isa::load16(values + j * kRows, w.is_bf16);
-                    for (int m = 0; m < M; ++m) {
-                        sums[m][j] = Isa::mul_add(value, Isa::splat_float(x[m][c + j]), sums[m][j]);
-                    }
-                }
-            }
-            for (int m = 0; m < M; ++m) x[m] += w.padded;
-            codes += w.group_bytes();
-            for (int m = 0; m < M; ++m) {
-                const Isa::Floats sum = Isa::add(Isa::add(sums[m][0], sums[m][1]), Isa::add(sums[m][2], sums[m][3]));
-                out[m] = Isa::add(out[m], sum);
-            }
+        if (out.epilogue != Epilogue::kStore) {
+            finish(out, block, token + m, products[0][m], products[B - 1][m]);
         } else {
-            constexpr int kQuads = quads_per_unit(Storage);
-            const int64_t scale_at = (block * w.groups + g) * kRows;
-            const Isa::Ints zero = w.zero ? Isa::load_zero(w.zero + scale_at) : Isa::splat_int(w.middle);
-            for (int64_t u = w.padded / (4 * kQuads); u > 0; --u) {
-                Isa::Quad quads[kQuads];
-                Isa::template unpack<Storage>(codes, quads);
-                codes += unit_bytes(Storage);
-                for (int i = 0; i < kQuads; ++i) {
-                    const Isa::Floats values[4] = {Isa::template value<0>(quads[i], zero),
-                                                   Isa::template value<1>(quads[i], zero),
-                                                   Isa::template value<2>(quads[i], zero),
-                                                   Isa::template value<3>(quads[i], zero)};
-                    for (int m = 0; m < M; ++m) {
-                        for (int j = 0; j < 4; ++j) {
-                            sums[m][j] = Isa::mul_add(values[j], Isa::splat_float(x[m][4 * i + j]), sums[m][j]);
-                        }
-                    }
-                }
-                for (int m = 0; m < M; ++m) x[m] += 4 * kQuads;
-            }
-            const Isa::Floats scale = Isa::load16(w.scale + scale_at, w.is_bf16);
-            for (int m = 0; m < M; ++m) {
-                const Isa::Floats sum = Isa::add(Isa::add(sums[m][0], sums[m][1]), Isa::add(sums[m][2], sums[m][3]));
-                out[m] = Isa::mul_add(sum, scale, out[m]);
-            }
+            for (int b = 0; b < B; ++b) finish(out, block + b, token + m, products[b][m], nullptr);
         }
     }
 }
 
-template <int Storage, bool Exact, int M>
+// Their codes stay in the cache while all tokens meet them, Isa::kMostFew at once: unpacking again is 1.5 to 2.1
+// instructions a quad, where a token is one or two.
+template <int Storage, bool Exact, int B>
+void all_tokens(const Prepared& w, const Activations& a, const Output& out, const Tile& tile, int64_t block) {
+    int64_t token = tile.token_begin;
+    for (; Isa::kMostFew == 8 && token + 8 <= tile.token_end; token += 8) {
+        few_of_blocks<Storage, Exact, Isa::kMostFew, B>(w, a, out, block, token);
+    }
+    for (; token + 4 <= tile.token_end; token += 4) few_of_blocks<Storage, Exact, 4, B>(w, a, out, block, token);
+    switch (tile.token_end - token) {
+        case 3: return few_of_blocks<Storage, Exact, 3, B>(w, a, out, block, token);
+        case 2: return few_of_blocks<Storage, Exact, 2, B>(w, a, out, block, token);
+        case 1: return few_of_blocks<Storage, Exact, 1, B>(w, a, out, block, token);
+    }
+}
+
+template <int Storage, bool Exact>
 void few_tokens(const Prepared& w, const Activations& a, const Output& out, const Tile& tile) {
-    const bool paired = out.epilogue != Epilogue::kStore;
-    alignas(64) float products[2][M][kRows];
     // A piece begins somewhere new: what the loop would only ask for block by block is asked for at once.
     const uint8_t *first = w.codes + tile.block_begin * w.block_bytes(), *end = w.codes + tile.block_end * w.block_bytes();
     for (const uint8_t* at = first; at < end && at < first + kPrefetch; at += 64) Isa::prefetch(at);
-    const auto block_to = [&](int64_t block, float(*to)[kRows]) {
-        Isa::Floats sums[M];
-        if constexpr (Exact) {
-            block_exact<Storage, M>(w, a, block, tile.token_begin, sums);
-        } else {
-            block_int8<Storage, M>(w, a, block, tile.token_begin, sums);
-        }
-        for (int m = 0; m < M; ++m) Isa::store_floats(to[m], sums[m]);
-    };
-    for (int64_t block = tile.block_begin; block < tile.block_end; block += paired ? 2 : 1) {
-        block_to(block, products[0]);
-        if (paired) block_to(block + 1, products[1]);
-        for (int m = 0; m < M; ++m) {
-            finish(out, block, tile.token_begin + m, products[0][m], paired ? products[1][m] : nullptr);
-        }
-    }
+    int64_t block = tile.block_begin;
+    for (; block + 2 <= tile.block_end; block += 2) all_tokens<Storage, Exact, 2>(w, a, out, tile, block);
+    for (; block < tile.block_end; ++block) all_tokens<Storage, Exact, 1>(w, a, out, tile, block);
 }
 
 template <int Storage>
@@ -226,36 +211,6 @@ void unpack_block(const Prepared& w, int64_t block, uint8_t* to) {
         Isa::Quad quads[kQuads];
         Isa::template unpack<Storage>(codes, quads);
         for (int i = 0; i < kQuads; ++i, to += 64) Isa::store_quad(to, quads[i]);
-    }
-}
-
-// Values of a block, scaled, [column][16 rows].
-template <int Storage>
-void decode_block(const Prepared& w, int64_t block, float* to) {
-    const uint8_t* codes = w.codes + block * w.block_bytes();
-    for (int64_t g = 0; g < w.groups; ++g) {
-        if constexpr (Storage == kFloat) {
-            const uint16_t* values = reinterpret_cast<const uint16_t*>(codes);
-            for (int64_t c = 0; c < w.padded; ++c, to += kRows, values += kRows) {
-                Isa::store_floats(to, Isa::load16(values, w.is_bf16));
-            }
-            codes += w.group_bytes();
-        } else {
-            constexpr int kQuads = quads_per_unit(Storage);
-            const int64_t scale_at = (block * w.groups + g) * kRows;
-            const Isa::Ints zero = w.zero ? Isa::load_zero(w.zero + scale_at) : Isa::splat_int(w.middle);
-            const Isa::Floats scale = Isa::load16(w.scale + scale_at, w.is_bf16);
-            for (int64_t u = w.padded / (4 * kQuads); u > 0; --u, codes += unit_bytes(Storage)) {
-                Isa::Quad quads[kQuads];
-                Isa::template unpack<Storage>(codes, quads);
-                for (int i = 0; i < kQuads; ++i, to += 4 * kRows) {
-                    Isa::store_floats(to, Isa::mul(Isa::template value<0>(quads[i], zero), scale));
-                    Isa::store_floats(to + kRows, Isa::mul(Isa::template value<1>(quads[i], zero), scale));
-                    Isa::store_floats(to + 2 * kRows, Isa::mul(Isa::template value<2>(quads[i], zero), scale));
-                    Isa::store_floats(to + 3 * kRows, Isa::mul(Isa::template value<3>(quads[i], zero), scale));
-                }
-            }
-        }
     }
 }
 
@@ -270,7 +225,7 @@ DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block,
         for (int m = 0; m < M; ++m) out[b][m] = Isa::splat_float(0.0f);
     }
     for (int64_t g = 0; g < w.groups; ++g) {
-        const int parts = any_fine<M>(a, token, g) ? 2 : 1;
+        const int parts = count_fine<M>(a, token, g) ? 2 : 1;
         for (int part = 0; part < parts; ++part) {
             const int8_t* x = (part ? a.low : a.q) + token * a.columns + g * w.padded;
             const int32_t* sum = (part ? a.low_sum : a.sum) + token * a.groups + g;
@@ -304,34 +259,12 @@ DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block,
     }
 }
 
-template <int M, int B>
-DQ_INLINE void tile_exact(const Prepared& w, const Activations& a, int64_t token, const float* values,
-                          float (*products)[M][kRows]) {
-    const int64_t columns = w.columns();
-    const float* x = a.x + token * a.columns;
-    Isa::Floats out[B][M];
-    for (int b = 0; b < B; ++b) {
-        for (int m = 0; m < M; ++m) out[b][m] = Isa::splat_float(0.0f);
-    }
-    for (int64_t c = 0; c < columns; ++c, values += kRows) {
-        Isa::Floats v[B];
-        for (int b = 0; b < B; ++b) v[b] = Isa::load_floats(values + b * columns * kRows);
-        for (int m = 0; m < M; ++m) {
-            const Isa::Floats xc = Isa::splat_float(x[m * a.columns + c]);
-            for (int b = 0; b < B; ++b) out[b][m] = Isa::mul_add(v[b], xc, out[b][m]);
-        }
-    }
-    for (int b = 0; b < B; ++b) {
-        for (int m = 0; m < M; ++m) Isa::store_floats(products[b][m], out[b][m]);
-    }
-}
-
 template <int Storage, bool Exact, int M, int B>
 void tile_of(const Prepared& w, const Activations& a, const Output& out, int64_t block, int64_t token,
              const void* scratch) {
     alignas(64) float products[B][M][kRows];
     if constexpr (Exact) {
-        tile_exact<M, B>(w, a, token, static_cast<const float*>(scratch), products);
+        tile_exact<Storage, M, B>(w, a, block, token, static_cast<const float*>(scratch), products);
     } else {
         tile_int8<Storage, M, B>(w, a, block, token, static_cast<const uint8_t*>(scratch), products);
     }
@@ -364,14 +297,7 @@ void tiles_of_blocks(const Prepared& w, const Activations& a, const Output& out,
 
 template <int Storage, bool Exact>
 void matmul_of(const Prepared& w, const Activations& a, const Output& out, const Tile& tile) {
-    static_assert(kFewTokens == 4, "one case each");
-    switch (tile.token_end - tile.token_begin) {
-        case 0: return;
-        case 1: return few_tokens<Storage, Exact, 1>(w, a, out, tile);
-        case 2: return few_tokens<Storage, Exact, 2>(w, a, out, tile);
-        case 3: return few_tokens<Storage, Exact, 3>(w, a, out, tile);
-        case 4: return few_tokens<Storage, Exact, 4>(w, a, out, tile);
-    }
+    if (tile.token_end - tile.token_begin <= kFewTokens) return few_tokens<Storage, Exact>(w, a, out, tile);
     int64_t block = tile.block_begin;
     for (; block + 2 <= tile.block_end; block += 2) tiles_of_blocks<Storage, Exact, 2>(w, a, out, tile, block);
     for (; block < tile.block_end; ++block) tiles_of_blocks<Storage, Exact, 1>(w, a, out, tile, block);

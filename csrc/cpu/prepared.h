@@ -53,7 +53,7 @@ struct Prepared {
 // x = scale * (q + low / 256), where a group is `fine`; in the others low is zero and not even multiplied. Eight bits
 // are not enough everywhere: one outlier takes the precision of its whole group (SmolLM2-135M at 4 bits, KL to exact
 // activations: 6.7e-3 with no group fine, 5e-4 with the groups whose maximum exceeds 3.25 times the row's rms, below
-// 1e-7 with all). For few tokens a second product costs nothing, since memory is what they wait for.
+// 1e-7 with all). For very few tokens a second product costs nothing, since memory is what they wait for.
 struct Activations {
     int8_t *q, *low;         // [tokens, columns], in [-127, 127]
     float* scale;            // [tokens, groups]: largest |x| of the group / 127

@@ -72,7 +72,7 @@ std::vector<float> product(const Kernels& kernels, const Prepared& w, const std:
     if (exact) {
         kernels.pad(w, x.data(), w.k, a, 0, m);
     } else {
-        kernels.quantize(w, x.data(), w.k, fine_above(m), a, 0, m);
+        kernels.quantize(w, x.data(), w.k, m <= 4 ? kAllFine : kFineAbove, a, 0, m);
     }
     std::vector<float> y(static_cast<size_t>(m * w.n), NAN);
     (exact ? kernels.matmul_exact : kernels.matmul_int8)(w, a, {y.data(), w.n, w.n, nullptr, Epilogue::kStore},
@@ -94,7 +94,7 @@ void check_matmul(int bits, int64_t group, bool symmetric, bool bf16) {
     const auto zeros = integers<uint8_t>(n * w.groups, 0, (1 << bits) - 1);
     repack({packed.data(), scales.data(), symmetric ? nullptr : zeros.data(), n, bits, group},
            {w, codes.as<uint8_t>(), scale.as<uint16_t>(), zero.as<uint8_t>(), 0, 1}, 1);
-    for (const int64_t m : {1, 2, 3, 16, 17}) {
+    for (const int64_t m : {1, 2, 3, 15, 16, 17}) {
         auto x = uniform(m * k, -1, 1);
         x[5] *= 30;
         // Both sum 192 products in float32, in other orders: 192 * 2^-24.
@@ -113,7 +113,8 @@ void check_attention(int64_t dim, bool half, float softcap, int64_t window) {
     for (const Kernels* kernels : {&ISA, &kScalarKernels}) {
         const int64_t stride = 128 * dim * (half ? 2 : 4);
         const Bytes room(tiles * stride);
-        const KeyValue cache{room.as<unsigned char>(), stride, tiles, dim, half};
+        const int64_t order[] = {2, 0, 3, 1};
+        const KeyValue cache{room.as<unsigned char>(), stride, order, tiles, dim, half};
         for (int64_t p = 0; p < positions; ++p) {
             kernels->store_key_value(keys.data() + p * dim, values.data() + p * dim, cache, p);
         }
@@ -122,7 +123,7 @@ void check_attention(int64_t dim, bool half, float softcap, int64_t window) {
         AttendUnit unit{};
         unit.q = q.data(), unit.out = out.data(), unit.token_stride = unit.out_stride = heads * dim;
         unit.tokens = tokens, unit.heads = heads, unit.position = positions - tokens, unit.window = window;
-        unit.begin = 0, unit.end = INT64_MAX, unit.softcap = softcap, unit.cache = cache;
+        unit.begin = 0, unit.end = INT64_MAX, unit.span = kScoreTile, unit.softcap = softcap, unit.cache = cache;
         unit.top = top.data(), unit.total = total.data(), unit.stat_stride = heads;
         unit.normalise = true, unit.scratch = scratch.data();
         kernels->attend(unit);

@@ -26,9 +26,9 @@ from dq_runtime.packing.bridge import host_of, host_weight_of
 pytestmark = pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension")
 
 BITS = range(2, 9)
-MS = (1, 2, 3, 4, 5, 6, 7, 16, 17, 64, 65)
+MS = (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 64, 65)
 EPS = 2.0**-23
-FEW_TOKENS = 4  # csrc/cpu/kernels.h: up to here all activations have 15 bits
+FEW_TOKENS = 4  # csrc/bind_prepared.cpp: up to here all activations have 15 bits
 # (K, group): whole units, a row, padded units of every storage, odd groups, groups cut into several activation scales
 SHAPES = ((576, 64), (576, 576), (192, 32), (96, 16), (100, 100), (33, 11), (7, 7), (192, 48), (384, 192))
 
@@ -116,6 +116,17 @@ def test_result_depends_on_neither_threads_nor_other_tokens() -> None:
     few = qmm_prepared(x[:4], ready, False, 1)
     for m in range(4):
         assert torch.equal(qmm_prepared(x[m : m + 1], ready, False, 2), few[m : m + 1])
+
+
+@pytest.mark.parametrize("bits", [*BITS, 16])
+def test_an_exact_sum_does_not_depend_on_how_many_tokens_there_are(bits: int) -> None:
+    """Few tokens (up to 16, taken 8, 4 and fewer at once) and many: one order of summation."""
+    w = weight(100, 192, bits, 64, bits % 2 == 0, torch.bfloat16) if bits < 16 else tokens(100, 192).bfloat16()
+    ready = prepared(Part(w), n=100, exact=True)
+    x = tokens(40, 192)
+    expected = torch.cat([qmm_prepared(x[i : i + 1], ready, True, 1) for i in range(40)])
+    for m in (*range(2, 20), 40):
+        assert torch.equal(qmm_prepared(x[:m], ready, True, 2), expected[:m])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,9 +9,10 @@ rotation still produces fluent text.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from dq_runtime.runtime.decoder.rope import Llama3Scaling, LongRopeScaling, Rope
 
@@ -36,6 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {"max_position_embeddings": 8192, "sliding_window_pattern": 2},
     "gemma3_text": _GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6},
 }
+_MOST_LAYERS = 10_000
 _NULL_IS_OFF = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ROPE_KEYS = {
@@ -123,11 +125,11 @@ def _read(config: Mapping[str, Any]) -> DecoderConfig:
             raise _Refusal("gemma3 has no text_config")
         inherited = {k: config[k] for k in ("tie_word_embeddings", "architectures") if k in config}
         config, model_type = {**text, **inherited}, "gemma3_text"
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise _Refusal(f"its architecture {model_type!r} is not one of {', '.join(_DEFAULTS)}")
     names = config.get("architectures") or []
     wanted = ("ForCausalLM", "ForConditionalGeneration") if nested else ("ForCausalLM",)
-    if not all(isinstance(n, str) and n.endswith(wanted) for n in names):
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.endswith(wanted) for n in names):
         raise _Refusal(f"{names} is not a causal LM")
     if config.get("use_bidirectional_attention"):
         raise _Refusal("it attends in both directions")
@@ -146,7 +148,7 @@ def _read(config: Mapping[str, Any]) -> DecoderConfig:
     if model_type == "gemma3_text" and attention_softcap is not None:
         raise _Refusal("gemma3 with attn_logit_softcapping: implementations disagree whether it applies")
     activation = c.get("hidden_activation" if gemma and "hidden_activation" in c.values else "hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise _Refusal(f"its activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
     return DecoderConfig(
         model_type=model_type,
@@ -193,7 +195,7 @@ class _Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise _Refusal(f"config.json says {key}: {value!r} where a positive number is needed")
         return float(value)
 
@@ -205,11 +207,20 @@ class _Keys:
         return bool(self.values.get(key, False))
 
 
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    """Whether this is a positive number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
 def _layers(model_type: str, c: _Keys, head_dim: int) -> tuple[LayerConfig, ...]:
     count = c.integer("num_hidden_layers")
+    if count > _MOST_LAYERS:
+        raise _Refusal(f"config.json says num_hidden_layers: {count}")
     window = _window(model_type, c)
     types = c.get("layer_types")
-    if types is not None and (not isinstance(types, list) or len(types) != count):
+    if types is not None and not (
+        isinstance(types, list) and len(types) == count and all(isinstance(t, str) for t in types)
+    ):
         raise _Refusal(f"layer_types does not list {count} layers")
     if model_type in ("mistral", "phi3", "llama"):  # one kind of layer, whatever layer_types says
         kind = "full_attention" if window is None else "sliding_attention"
@@ -218,6 +229,8 @@ def _layers(model_type: str, c: _Keys, head_dim: int) -> tuple[LayerConfig, ...]
         types = [kind] * count
     elif types is None and model_type.startswith("qwen"):
         first = c.get("max_window_layers")
+        if not isinstance(first, int):
+            raise _Refusal(f"config.json says max_window_layers: {first!r} where an integer is needed")
         types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(count)]
     elif types is None:
         pattern = c.integer("sliding_window_pattern")
@@ -282,10 +295,10 @@ def _scaling(rope_type: Any, p: _Keys, c: _Keys, dim: int) -> float | Llama3Scal
         return Llama3Scaling(p.number("factor"), p.number("low_freq_factor"), p.number("high_freq_factor"), original)
     if rope_type == "longrope":
         sets = [p.get("short_factor"), p.get("long_factor")]
-        if not all(isinstance(s, list) and len(s) == dim // 2 for s in sets):
-            raise _Refusal(f"longrope needs {dim // 2} short and long factors")
+        if not all(isinstance(s, list) and len(s) == dim // 2 and all(map(_is_positive, s)) for s in sets):
+            raise _Refusal(f"longrope needs {dim // 2} short and long factors, positive numbers")
         short, long = (tuple(float(f) for f in s) for s in sets)
         stretch = p.number("factor", context / original)
-        default = 1.0 if stretch <= 1.0 else math.sqrt(1 + math.log(stretch) / math.log(original))
+        default = 1.0 if stretch <= 1.0 or original <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
         return LongRopeScaling(short, long, original, p.number("attention_factor", default))
     raise _Refusal(f"its rope type {rope_type!r} is not known")

@@ -1,9 +1,14 @@
 """The decoder as one C++ object (csrc/cpu/decoder.h): a whole step, from token ids to logits, without leaving it.
 
-By default activations meet the weights as int8, one scale per group of at most 128 columns (as 15 bits for up to four
-tokens, and in groups with outliers), unquantized linears are held in 8 bits, and keys and values in float16. ``exact``
-keeps all of them as they are: float32 activations and cache, 16-bit weights; what differs from the torch decoder then
-is the order of float32 sums.
+By default activations meet the weights as int8, one scale per group of at most 128 columns (as 15 bits for the head, in
+groups with outliers, and for up to four generated tokens of a pass), unquantized linears are held in 8 bits, and keys
+and values in float16. ``exact`` keeps all of them as they are: float32 activations and cache, 16-bit weights; what
+differs from the torch decoder then is the order of float32 sums.
+
+With ``exact`` a token's result depends on what it is (of a prompt or generated) and on the tokens before it, and on
+nothing else, bit for bit: not on the other sequences of a pass, on where a prompt was cut, on where its keys and values
+lie, or on the number of threads. Without it that holds too, except that a generated token is computed more precisely in
+a pass with at most four of them.
 
 Everything here is numpy: with this decoder a process generates text without torch. ``native_on_torch`` is the same for
 callers with tensors.
@@ -12,7 +17,7 @@ callers with tensors.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +40,7 @@ from dq_runtime.backends.cpu_prepared import plan as plan_parts
 from dq_runtime.backends.cpu_threads import default_threads
 from dq_runtime.errors import BackendError, SpecError
 from dq_runtime.packing import HostTensor, HostWeight
+from dq_runtime.runtime.decoder import paged
 from dq_runtime.runtime.decoder.architecture import DecoderConfig
 from dq_runtime.runtime.decoder.weights import HostWeights, Linear, Parts
 
@@ -58,9 +64,26 @@ class NativeCache:
         return self.memory.nbytes
 
 
+@dataclass
+class NativeMemory:
+    """Keys and values of ``blocks`` blocks, shared by many sequences of at most ``positions`` positions each; see
+    :class:`NativeCache` for ``memory`` and ``frequencies``."""
+
+    memory: NDArray[np.uint8]
+    blocks: int
+    positions: int
+    frequencies: NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values allocated; the system provides them as they are first written."""
+        return self.memory.nbytes
+
+
 class NativeDecoder:
-    """What :class:`dq_runtime.runtime.decoder.Decoder` says, of numpy arrays. ``threads`` may be changed at any time;
-    results do not depend on it. ``release`` gives back the memory of weights read so far, see
+    """What :class:`dq_runtime.runtime.decoder.Decoder` and :class:`dq_runtime.runtime.decoder.paged.PagedDecoder` say,
+    of numpy arrays. ``threads`` may be changed at any time; results do not depend on it. Not to be run by two threads
+    at a time. ``release`` gives back the memory of weights read so far, see
     :meth:`dq_runtime.packing.checkpoint.Checkpoint.release`."""
 
     device = "cpu"
@@ -170,17 +193,21 @@ class NativeDecoder:
         if batch < 1 or capacity < 1:
             raise SpecError(f"a cache needs a batch and a capacity of at least 1, got {batch} and {capacity}")
         nbytes = self._native.cache_bytes(batch, capacity)
-        memory = zeros(nbytes)
-        frequencies = np.concatenate([rope.frequencies(capacity) for rope in self._ropes])
-        return NativeCache(memory, np.zeros(batch, np.int64), capacity, frequencies)
+        return NativeCache(zeros(nbytes), np.zeros(batch, np.int64), capacity, self._frequencies(capacity))
+
+    def _frequencies(self, capacity: int) -> NDArray[np.float32]:
+        return np.concatenate([rope.frequencies(capacity) for rope in self._ropes])
 
     def step(self, tokens: ArrayLike, cache: NativeCache) -> NDArray[np.float32]:
+        """See the protocol. One token of each sequence, after others, is taken for a generated one, all else for parts
+        of prompts: the difference that :class:`paged.Segment` explains."""
         ids = self._checked(tokens, cache)
+        generated = ids.shape[1] == 1 and bool(cache.lengths.all())
         batch, count = ids.shape
         logits = np.empty((batch, self.config.vocab), np.float32)
         width = _chunk(batch)
         for start in range(0, count, width):
-            self._run(ids[:, start : start + width], cache, logits, False)
+            self._step(ids[:, start : start + width], cache, logits, generated=generated, every_token=False)
         return logits
 
     def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
@@ -192,7 +219,7 @@ class NativeDecoder:
         for start in range(0, count, width):
             chunk = ids[:, start : start + width]
             parts.append(np.empty((batch, chunk.shape[1], self.config.vocab), np.float32))
-            self._run(chunk, cache, parts[-1], True)
+            self._step(chunk, cache, parts[-1], generated=False, every_token=True)
         return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
 
     def _checked(self, tokens: ArrayLike, cache: NativeCache) -> NDArray[np.int64]:
@@ -209,7 +236,15 @@ class NativeDecoder:
             )
         return ids
 
-    def _run(self, ids: NDArray[np.int64], cache: NativeCache, logits: NDArray[np.float32], every_token: bool) -> None:
+    def _step(
+        self,
+        ids: NDArray[np.int64],
+        cache: NativeCache,
+        logits: NDArray[np.float32],
+        *,
+        generated: bool,
+        every_token: bool,
+    ) -> None:
         ids = np.ascontiguousarray(ids)
         self._native.step(
             address(ids),
@@ -219,10 +254,65 @@ class NativeDecoder:
             cache.capacity,
             address(cache.frequencies),
             address(logits),
+            generated,
             every_token,
             self.threads,
         )
         cache.lengths += ids.shape[1]
+
+    @property
+    def block_bytes(self) -> int:
+        nbytes: int = self._native.block_bytes()
+        return nbytes
+
+    def memory(self, blocks: int, positions: int | None = None) -> NativeMemory:
+        """See the protocol. No sequence may exceed ``positions``: by default the model's context, or all blocks where
+        those are fewer. Layers with a sliding window keep every position here, too.
+
+        Longrope has one set of angles for the memory's whole life, that of sequences of ``positions``: a sequence's
+        keys cannot be turned again when it grows beyond the context the model was first trained for. A caller that
+        serves shorter requests than the model's context therefore says so, and gets the angles made for them.
+        """
+        if blocks < 1:
+            raise SpecError(f"a memory needs at least 1 block of {paged.BLOCK} positions, got {blocks}")
+        if positions is None:
+            positions = min(self.config.context_length, blocks * paged.BLOCK)
+        if positions < 1:
+            raise SpecError(f"sequences need at least 1 position, got {positions}")
+        nbytes = blocks * self.block_bytes
+        try:
+            memory = zeros(nbytes)
+        except (OSError, OverflowError) as error:
+            raise SpecError(f"no memory for {blocks} blocks of keys and values, {nbytes} bytes ({error})") from error
+        return NativeMemory(memory, blocks, positions, self._frequencies(positions))
+
+    def run(self, segments: Sequence[paged.Segment], memory: NativeMemory) -> NDArray[np.float32]:
+        """See the protocol; logits [n, V]."""
+        try:
+            tokens = np.array([token for s in segments for token in s.tokens], np.int64)
+            tables = np.array([block for s in segments for block in s.blocks], np.int64)
+        except OverflowError as error:
+            raise SpecError(f"token ids and block numbers are 64-bit integers ({error})") from error
+        rows = np.array(
+            [(len(s.tokens), s.start, s.wants_logits, s.generated, len(s.blocks)) for s in segments], np.int64
+        )
+        logits = np.empty((sum(s.wants_logits for s in segments), self.config.vocab), np.float32)
+        try:
+            self._native.run(
+                address(tokens),
+                address(rows),
+                len(segments),
+                address(tables),
+                address(memory.memory),
+                memory.blocks,
+                memory.positions,
+                address(memory.frequencies),
+                address(logits),
+                self.threads,
+            )
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        return logits
 
 
 def _chunk(batch: int) -> int:

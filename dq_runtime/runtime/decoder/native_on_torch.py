@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq_runtime.runtime.decoder.architecture import DecoderConfig
-from dq_runtime.runtime.decoder.native_decoder import NativeCache, NativeDecoder
+from dq_runtime.runtime.decoder.native_decoder import NativeCache, NativeDecoder, NativeMemory
+from dq_runtime.runtime.decoder.paged import Segment
 from dq_runtime.runtime.decoder.torch_weights import on_host
 from dq_runtime.runtime.decoder.weights import DecoderWeights
 
 
 class NativeOnTorch:
-    """See :class:`dq_runtime.runtime.decoder.Decoder`; as many threads as torch uses."""
+    """See :class:`dq_runtime.runtime.decoder.Decoder` and, for :meth:`run`, :class:`paged.PagedDecoder`; as many
+    threads as torch uses."""
 
     def __init__(
         self,
@@ -53,6 +56,18 @@ class NativeOnTorch:
     def logits(self, tokens: Tensor | list[list[int]]) -> Tensor:
         self.native.threads = torch.get_num_threads()
         return torch.from_numpy(self.native.logits(_ids(tokens)))
+
+    @property
+    def block_bytes(self) -> int:
+        return self.native.block_bytes
+
+    def memory(self, blocks: int, positions: int | None = None) -> NativeMemory:
+        """See :meth:`NativeDecoder.memory`."""
+        return self.native.memory(blocks, positions)
+
+    def run(self, segments: Sequence[Segment], memory: NativeMemory) -> Tensor:
+        self.native.threads = torch.get_num_threads()
+        return torch.from_numpy(self.native.run(segments, memory))
 
 
 def _ids(tokens: Tensor | list[list[int]]) -> Any:

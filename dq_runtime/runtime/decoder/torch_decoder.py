@@ -7,6 +7,8 @@ angles and softmax are computed in float32, as in transformers.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,10 @@ from dq_runtime.runtime.decoder.kv_cache import CHUNK, KVCache, Storage, allocat
 from dq_runtime.runtime.decoder.rotation import rotate, rotation
 from dq_runtime.runtime.decoder.torch_weights import TorchParts, join, placed
 from dq_runtime.runtime.decoder.weights import DecoderWeights, LayerWeights, Linear
+
+# From q [B, heads, T, D] and k, v [B, kv_heads, T, D] of new tokens to [B, T, heads * D]: attention to them and to what
+# is held of their sequences, which is where they are kept from then on.
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TorchDecoder(nn.Module):
@@ -90,7 +96,7 @@ class TorchDecoder(nn.Module):
             return self._decode(tokens, cache)
         for start in range(0, count, CHUNK):
             hidden = self._pass(tokens[:, start : start + CHUNK], cache, before + start)
-        return self._head(hidden[:, -1])
+        return self.head_of(hidden[:, -1])
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor | list[list[int]]) -> Tensor:
@@ -101,7 +107,7 @@ class TorchDecoder(nn.Module):
         hidden = [
             self._pass(tokens[:, start : start + CHUNK], cache, start) for start in range(0, tokens.shape[1], CHUNK)
         ]
-        return self._head(torch.cat(hidden, 1))
+        return self.head_of(torch.cat(hidden, 1))
 
     def _checked(self, tokens: Tensor | list[list[int]], cache: KVCache) -> Tensor:
         tokens = torch.as_tensor(tokens, device=self.device)
@@ -124,7 +130,7 @@ class TorchDecoder(nn.Module):
     def _one(self, tokens: Tensor, storage: Storage, batch: int, used: int) -> Tensor:
         if self.fused:
             return self._logits(fused_step(self, tokens[:, 0], storage, batch, used))
-        return self._head(self._run(tokens, storage, batch, used, False)[:, -1])
+        return self.head_of(self._run(tokens, storage, batch, used, False)[:, -1])
 
     def _pass(self, tokens: Tensor, cache: KVCache, before: int) -> Tensor:
         """At most CHUNK tokens after ``before`` positions; hidden states [B, T, H]."""
@@ -152,11 +158,22 @@ class TorchDecoder(nn.Module):
                 causal = fresh and self.config.attention_softcap is None and (choice.window or count) >= count
                 mask = None if causal else for_groups(visible(held, positions, choice.window), self._groups)
                 views[slots, choice.window] = _View(positions % slots, held.shape[1], mask)
-            x = layer(x, turns[choice.rope], keys, values, views[slots, choice.window])
+            x = layer(x, turns[choice.rope], partial(self._mixed, keys, values, views[slots, choice.window]))
         lengths += count
         return x
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def _mixed(self, keys: Tensor, values: Tensor, view: _View, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v in a layer's cache, and attend to what it holds."""
+        c = self.config
+        index = view.slots[:, None, :, None].expand_as(k)
+        keys.scatter_(2, index, k)
+        values.scatter_(2, index, v)
+        if view.mask is None:
+            return attend_causally(q, k, v, c.attention_scale)
+        keys, values = keys[:, :, : view.used], values[:, :, : view.used]
+        return attend(q, keys, values, view.mask, c.attention_scale, c.attention_softcap)
+
+    def head_of(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] -> float32 logits [..., V]."""
         return self._logits(self.norm(hidden))
 
@@ -193,14 +210,14 @@ class _Layer(nn.Module):
         self.down = _linear(w.down, dtype)
         self.after_mlp_norm = _optional_norm(w.after_mlp_norm, config)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, view: _View) -> Tensor:
-        x = x + self.after_attention_norm(self._attention(self.attention_norm(x), turn, keys, values, view))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mix: Mix) -> Tensor:
+        x = x + self.after_attention_norm(self._attention(self.attention_norm(x), turn, mix))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         gate = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
         result: Tensor = x + self.after_mlp_norm(self.down(gate * up))
         return result
 
-    def _attention(self, x: Tensor, turn: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, view: _View) -> Tensor:
+    def _attention(self, x: Tensor, turn: tuple[Tensor, Tensor], mix: Mix) -> Tensor:
         c = self.config
         batch, count, _ = x.shape
         heads = self.qkv(x).view(batch, count, c.heads + 2 * c.kv_heads, c.head_dim).transpose(1, 2)
@@ -210,15 +227,7 @@ class _Layer(nn.Module):
             turned = torch.cat((self.q_norm(turned[:, : c.heads]), self.k_norm(turned[:, c.heads :])), 1)
         turned = rotate(turned, *turn)
         q, k = turned[:, : c.heads], turned[:, c.heads :]
-        index = view.slots[:, None, :, None].expand_as(k)
-        keys.scatter_(2, index, k)
-        values.scatter_(2, index, v)
-        if view.mask is None:
-            mixed = attend_causally(q, k, v, c.attention_scale)
-        else:
-            keys, values = keys[:, :, : view.used], values[:, :, : view.used]
-            mixed = attend(q, keys, values, view.mask, c.attention_scale, c.attention_softcap)
-        result: Tensor = self.o(mixed)
+        result: Tensor = self.o(mix(q, k, v))
         return result
 
 

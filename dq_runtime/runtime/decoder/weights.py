@@ -126,6 +126,7 @@ class _Tree:
         # A tied head may be stored all the same; the embedding is what counts, as in transformers.
         optional = {f"{self.head}.weight": (config.vocab, config.hidden)} if config.tied_head else {}
         stored = [n for n in checkpoint.dense if not (config.nested and _foreign(n))]
+        stored = [n for n in stored if n in wanted or not self._is_no_bias(checkpoint, n, shapes)]
         missing = sorted(set(wanted) - set(stored))
         unknown = sorted(set(stored) - set(wanted) - set(optional))
         if missing or unknown:
@@ -146,6 +147,15 @@ class _Tree:
 
     def linear(self, name: str) -> Linear[HostTensor, HostWeight]:
         return Linear(self.packed[name] if name in self.packed else self.dense[f"{name}.weight"], self._bias(name))
+
+    @staticmethod
+    def _is_no_bias(checkpoint: Checkpoint, name: str, shapes: dict[str, tuple[int, int, bool]]) -> bool:
+        """Whether this is a bias of zeros that the model does not have: early GPTQ tools wrote one for every linear."""
+        layer = name.removesuffix(".bias")
+        if name == layer or layer not in shapes:
+            return False
+        tensor = checkpoint.array(name)
+        return tensor.shape == [shapes[layer][0]] and tensor.dtype in _FLOATS and not tensor.float32().any()
 
     def _bias(self, name: str) -> HostTensor | None:
         return self.dense.get(f"{name}.bias")

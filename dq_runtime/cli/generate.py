@@ -20,7 +20,7 @@ dq generate out "List three fruits:" --stop "\\n\\n" --json
 
 
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a directory, a .gguf file or a hub name.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue, or the question with --chat.")],
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
@@ -37,7 +37,7 @@ def generate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
-    """Generate text from a packed CHECKPOINT, streamed as it comes; speeds go to standard error."""
+    """Generate text from a CHECKPOINT, best a packed one, streamed as it comes; speeds go to standard error."""
     import sys
 
     from dq_runtime.runtime.generate import generate as run

@@ -13,14 +13,17 @@ EPILOG = """
 dq inspect out
 
 dq inspect out --json | jq .bits_per_weight
+
+dq inspect model.gguf
 """
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Layers, bits, bits per weight and sizes of a packed checkpoint, fully validated."""
+    """Layers, bits, bits per weight and sizes of a packed checkpoint of any format, fully validated."""
     from dq_runtime.packing.checkpoint import open_checkpoint
+    from dq_runtime.runtime.hub import local_path
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(local_path(path))
     layers: list[dict[str, Any]] = []
     for name, w in checkpoint.packed():
         layers.append(
@@ -37,22 +40,24 @@ def describe(path: str) -> dict[str, Any]:
         )
     weights = sum(row["out_features"] * row["in_features"] for row in layers)
     packed_bytes = sum(row["bytes"] for row in layers)
-    dense = dict(checkpoint.read(list(checkpoint.dense)))
+    dense = [(array.values.size, array.nbytes) for _, array in checkpoint.arrays(list(checkpoint.dense))]
+    files = [checkpoint.path] if checkpoint.path.is_file() else list(checkpoint.path.glob("*.safetensors"))
     return {
         "path": str(checkpoint.path),
         "model_type": checkpoint.config.get("model_type"),
         "quantized_weights": weights,
-        "bits_per_weight": 8 * packed_bytes / weights,
+        "bits_per_weight": 8 * packed_bytes / weights if weights else None,
         "packed_bytes": packed_bytes,
-        "dense_parameters": sum(t.numel() for t in dense.values()),
-        "dense_bytes": sum(t.nbytes for t in dense.values()),
-        "size_bytes": sum(f.stat().st_size for f in checkpoint.path.glob("*.safetensors")),
+        "dense_parameters": sum(size for size, _ in dense),
+        "dense_bytes": sum(nbytes for _, nbytes in dense),
+        "size_bytes": sum(f.stat().st_size for f in files),
         "layers": layers,
+        "notes": list(checkpoint.notes),
     }
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint: a directory, a .gguf file or a hub name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Validate a packed CHECKPOINT and show its layers, bits per weight and sizes."""
@@ -75,8 +80,11 @@ def inspect(
         )
     console = Console()
     console.print(shown)
+    for note in info["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
+    bits = info["bits_per_weight"] or 0
     console.print(
-        f"{info['model_type']}: {info['quantized_weights'] / 1e6:.1f} M weights at {info['bits_per_weight']:.3f} bits "
+        f"{info['model_type']}: {info['quantized_weights'] / 1e6:.1f} M weights at {bits:.3f} bits "
         f"({info['packed_bytes'] / 1e6:.1f} MB) + {info['dense_parameters'] / 1e6:.1f} M unquantized "
         f"({info['dense_bytes'] / 1e6:.1f} MB) = {info['size_bytes'] / 1e6:.1f} MB",
         soft_wrap=True,

@@ -41,11 +41,40 @@ def words_per_row(k: int, bits: int) -> int:
 
 
 def unpack_rows(packed: NDArray[np.int32], bits: int, k: int) -> NDArray[np.uint8]:
-    """int32 [N, ceil(k*bits/32)] -> uint8 codes [N, k]: the bitstream of :mod:`dq_runtime.packing.layout`, bit by bit.
-    For zero points; a whole weight would pass through 8 bytes a code."""
-    words = np.ascontiguousarray(packed)
-    stream = np.unpackbits(words.view(np.uint8).reshape(len(words), -1), axis=1, bitorder="little")[:, : k * bits]
-    return np.packbits(stream.reshape(len(words), k, bits), axis=2, bitorder="little")[:, :, 0]
+    """int32 [N, ceil(k*bits/32)] -> uint8 codes [N, k]: the bitstream of :mod:`dq_runtime.packing.layout`."""
+    n, have = packed.shape
+    blocks = -(-k // 32)
+    flat = np.zeros((n, blocks * bits), np.uint32)
+    flat[:, :have] = np.ascontiguousarray(packed).view(np.uint32)
+    words = flat.reshape(n, blocks, bits)
+    codes = np.empty((n, blocks, 32), np.uint8)
+    for i, (word, shift) in enumerate(_places(bits)):
+        value = words[..., word] >> np.uint32(shift)
+        if shift + bits > 32:
+            value |= words[..., word + 1] << np.uint32(32 - shift)
+        codes[..., i] = value & np.uint32(2**bits - 1)
+    return codes.reshape(n, -1)[:, :k]
+
+
+def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """uint8 codes [N, k] (each < 2^bits) -> int32 [N, ceil(k*bits/32)], the inverse of :func:`unpack_rows`."""
+    n, k = codes.shape
+    blocks = -(-k // 32)
+    flat = np.zeros((n, blocks * 32), np.uint8)
+    flat[:, :k] = codes
+    padded = flat.reshape(n, blocks, 32)
+    words = np.zeros((n, blocks, bits), np.uint32)
+    for i, (word, shift) in enumerate(_places(bits)):
+        value = padded[..., i].astype(np.uint32)
+        words[..., word] |= value << np.uint32(shift)
+        if shift + bits > 32:
+            words[..., word + 1] |= value >> np.uint32(32 - shift)
+    return np.ascontiguousarray(words.reshape(n, -1)[:, : words_per_row(k, bits)]).view(np.int32)
+
+
+def _places(bits: int) -> Iterator[tuple[int, int]]:
+    """Word and first bit of each of 32 codes, which fill exactly ``bits`` words."""
+    return (divmod(i * bits, 32) for i in range(32))
 
 
 @dataclass(frozen=True)

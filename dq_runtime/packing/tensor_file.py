@@ -17,8 +17,11 @@ import numpy as np
 
 from dq_runtime.errors import CheckpointError
 from dq_runtime.packing.host import STORAGE, HostTensor
+from dq_runtime.packing.shown import shown
 
 MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+MOST_NAME_CHARACTERS = 512
+MOST_DIMENSIONS = 8  # the product of a million sizes of 63 bits would take hours
 # The format's names of dtypes.
 DTYPES = {
     "F64": "float64",
@@ -107,7 +110,9 @@ def _entries(header: bytes, payload: int) -> dict[str, _Entry]:
     reached = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.begin != reached:
-            raise _Bad(f"{name!r} begins at byte {entry.begin} of the values, where {reached} bytes are taken so far")
+            raise _Bad(
+                f"{shown(name)} begins at byte {entry.begin} of the values, where {reached} bytes are taken so far"
+            )
         reached = entry.end
     if reached != payload:
         raise _Bad(f"its tensors take {reached} bytes, but {payload} follow the header")
@@ -115,16 +120,18 @@ def _entries(header: bytes, payload: int) -> dict[str, _Entry]:
 
 
 def _entry(name: str, fields: Any) -> _Entry:
+    if len(name) > MOST_NAME_CHARACTERS or not name.isprintable():
+        raise _Bad(f"{shown(name)} is no name of a tensor")
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
-        raise _Bad(f"{name!r} has no dtype, shape and data_offsets")
+        raise _Bad(f"{shown(name)} has no dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Bad(f"{name!r} has the unknown dtype {dtype!r}")
-    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise _Bad(f"the shape and data_offsets of {name!r} are not lists of sizes")
+        raise _Bad(f"{shown(name)} has the unknown dtype {shown(dtype)}")
+    if not _sizes(shape) or len(shape) > MOST_DIMENSIONS or not _sizes(offsets) or len(offsets) != 2:
+        raise _Bad(f"the shape and data_offsets of {shown(name)} are not lists of sizes")
     begin, end = offsets
     if math.prod(shape) * np.dtype(STORAGE[DTYPES[dtype]]).itemsize != end - begin:
-        raise _Bad(f"{name!r} is {dtype} {shape}, but its data_offsets span {end - begin} bytes")
+        raise _Bad(f"{shown(name)} is {dtype} {shown(shape)}, but its data_offsets span {end - begin} bytes")
     return _Entry(DTYPES[dtype], tuple(shape), begin, end)
 
 

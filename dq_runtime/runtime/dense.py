@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dq_runtime.errors import DQError
+from dq_runtime.packing.checkpoint import NotPackedError, open_checkpoint
+from dq_runtime.packing.directory import tensor_files
 from dq_runtime.runtime.transformers_model import TransformersModel
 
 
@@ -49,6 +52,7 @@ def _load_directory(path: Path) -> TransformersModel:
         raise DQError(f"{path / 'config.json'} is not valid JSON; restore it from the original model") from None
     if "quantization_config" in config:
         raise DQError(f"{path} is already quantized; give the original model")
+    tensor_files(path)  # transformers trusts the index and the headers
     return _load_pretrained(str(path), {})
 
 
@@ -57,7 +61,12 @@ def _load_pretrained(source: str, kwargs: dict[str, Any]) -> TransformersModel:
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **kwargs
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,  # left out, it would ask on a terminal
+            use_safetensors=True,  # never a pickle
+            **kwargs,
         )
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, SafetensorError, struct.error, ...
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -65,14 +74,14 @@ def _load_pretrained(source: str, kwargs: dict[str, Any]) -> TransformersModel:
     if info["missing_keys"]:  # transformers would go on with random weights there
         missing = min(info["missing_keys"])
         raise DQError(f"{kwargs.get('gguf_file', source)} is incomplete: {missing} is missing from its weights")
-    return TransformersModel(model, _load_tokenizer(source, kwargs), source)
+    return TransformersModel(model, None if "gguf_file" in kwargs else _load_tokenizer(source, kwargs), source)
 
 
 def _load_tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **kwargs)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
     except Exception:  # a model without tokenizer files is fine for token-id use; encode() says so when it is not
         return None
 
@@ -80,9 +89,10 @@ def _load_tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
 def _load_gguf(path: Path) -> TransformersModel:
     if not path.is_file():
         raise DQError(f"{path} does not exist")
+    with suppress(NotPackedError):  # an architecture that only transformers knows; anything worse is refused here
+        open_checkpoint(path)
     try:
         import accelerate  # noqa: F401
-        import gguf  # noqa: F401
     except ImportError as e:
         raise DQError(f"reading {path.name} needs the {e.name} package: pip install 'dq_runtime[gguf]'") from None
     loaded = _load_pretrained(str(path.parent), {"gguf_file": path.name})
@@ -94,9 +104,20 @@ def _load_gguf(path: Path) -> TransformersModel:
     loaded.model.is_quantized = False
     if hasattr(loaded.model.config, "quantization_config"):
         del loaded.model.config.quantization_config
-    if loaded.tokenizer is not None and _gguf_string(path, "tokenizer.ggml.pre") == "smollm":
-        _split_digits(loaded.tokenizer)
+    loaded.tokenizer = gguf_tokenizer(path)
     return loaded
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer in a GGUF file's metadata, with its chat template; None if there is none that is known."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    tokenizer = _load_tokenizer(str(path.parent), {"gguf_file": path.name})
+    if tokenizer is not None and _gguf_string(path, "tokenizer.ggml.pre") == "smollm":
+        _split_digits(tokenizer)
+    return tokenizer
 
 
 def _gguf_string(path: Path, name: str) -> str | None:

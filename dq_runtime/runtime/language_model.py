@@ -48,12 +48,13 @@ class LanguageModel(ABC):
         ids: list[int] = self._tokenizer().encode(text)
         return ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation through the model's chat template, ready for the answer."""
+    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation through the model's chat template, ready for the answer. ``tools``: functions
+        the model may call, as OpenAI's API describes them, for templates that know of them."""
         tokenizer = self._tokenizer()
         if not tokenizer.chat_template:
             raise DQError(f"{self.path} has no chat template; generate from plain text instead")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 

@@ -1,4 +1,5 @@
-"""Open a packed checkpoint as a model whose linears stay packed: no dense copy of a quantized weight ever exists.
+"""Open a checkpoint of any format as a model whose packed linears stay packed: no dense copy of them ever exists. What
+no reader keeps packed (an unquantized directory, say) runs dense through transformers, and a note says so.
 
 :func:`load` gives a model of torch tensors. Text alone needs none: where the native decoder runs the model,
 :func:`load_for_text` gives one of numpy arrays, and torch, whose import takes 2 s and 200 MB, is never imported.
@@ -7,14 +8,15 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq_runtime.backends.cpu_prepared import native
 from dq_runtime.errors import CheckpointError
-from dq_runtime.packing.checkpoint import Checkpoint, open_checkpoint
+from dq_runtime.packing.checkpoint import Checkpoint, NotPackedError, open_checkpoint
+from dq_runtime.packing.directory import read_json
+from dq_runtime.packing.shown import shown
 from dq_runtime.runtime.decoder import (
     DecoderConfig,
     HostWeights,
@@ -24,6 +26,7 @@ from dq_runtime.runtime.decoder import (
     requested_decoder,
 )
 from dq_runtime.runtime.decoder.native_decoder import NativeDecoder
+from dq_runtime.runtime.hub import local_path
 from dq_runtime.runtime.language_model import LanguageModel, LeanModel
 from dq_runtime.runtime.tokenizer import load_tokenizer
 
@@ -36,8 +39,8 @@ AMD_DEVICE = Path("/dev/kfd")
 def load(
     path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, exact: bool = False
 ) -> LanguageModel:
-    """The model of a packed checkpoint, ready to run: by our own decoder where it knows the architecture, else through
-    transformers.
+    """The model of a checkpoint, ready to run: by our own decoder where it knows the architecture, else through
+    transformers. ``path`` is a directory, a .gguf file, or a hub name, which is fetched first.
 
     ``dtype`` is that of activations and unquantized weights: by default float32 on a CPU (whose low-bit kernels
     accumulate in float32 anyway), the checkpoint's own dtype on a GPU. ``exact`` forbids to round activations to less
@@ -47,7 +50,9 @@ def load(
     from dq_runtime.environment import resolve_device
 
     device = resolve_device(device)
-    checkpoint = open_checkpoint(path)
+    checkpoint = _open(path)
+    if isinstance(checkpoint, NotPackedError):
+        return _dense(local_path(path), checkpoint, device, dtype)
     config = read_config(checkpoint.config)
     weights = read_weights(checkpoint, config) if isinstance(config, DecoderConfig) else None
     return _on_torch(checkpoint, config, weights, device, dtype, exact)
@@ -58,7 +63,11 @@ def load_for_text(path: str | Path, device: str = "auto", exact: bool = False) -
     wherever the native decoder would run it; else what :func:`load` gives."""
     if torch_is_wanted(device) is not None:
         return load(path, device, exact=exact)
-    checkpoint = open_checkpoint(path)
+    checkpoint = _open(path)
+    if isinstance(checkpoint, NotPackedError):
+        from dq_runtime.environment import resolve_device
+
+        return _dense(local_path(path), checkpoint, resolve_device(device), None)
     config = read_config(checkpoint.config)
     if not isinstance(config, DecoderConfig):
         return _on_torch(checkpoint, config, None, "cpu", None, exact)
@@ -66,6 +75,35 @@ def load_for_text(path: str | Path, device: str = "auto", exact: bool = False) -
     if NativeDecoder.refusal(config, weights, exact) is not None:
         return _on_torch(checkpoint, config, weights, "cpu", None, exact)
     return _lean(checkpoint, NativeDecoder(config, weights, exact, checkpoint.release))
+
+
+def _open(path: str | Path) -> Checkpoint | NotPackedError:
+    """The checkpoint, its notes passed on, or why it is to be run dense."""
+    try:
+        checkpoint = open_checkpoint(local_path(path))
+    except NotPackedError as reason:
+        return reason
+    for sentence in checkpoint.notes:
+        _note(f"{checkpoint.path}: {sentence}")
+    return checkpoint
+
+
+def _dense(path: Path, reason: NotPackedError, device: str, dtype: torch.dtype | None) -> LanguageModel:
+    """An unquantized model, or one that only transformers knows, in float32 unless ``dtype`` is given."""
+    from dq_runtime.runtime.dense import load_dense
+
+    model = load_dense(str(path), device)
+    if dtype is not None:
+        model.model.to(dtype)
+    _note(f"{reason}, so it runs dense, through transformers")
+    return model
+
+
+def _note(sentence: str) -> None:
+    """To the log, which unless it was configured is standard error."""
+    import logging
+
+    logging.getLogger("dq").warning("note: %s", sentence)
 
 
 def torch_is_wanted(device: str) -> str | None:
@@ -123,17 +161,16 @@ def _lean(checkpoint: Checkpoint, decoder: Any) -> LeanModel:
     return LeanModel(decoder, _end_tokens(checkpoint), load_tokenizer(checkpoint.path), str(checkpoint.path))
 
 
-def _end_tokens(checkpoint: Checkpoint) -> Any:
+def _end_tokens(checkpoint: Checkpoint) -> list[int]:
     """``eos_token_id`` of generation_config.json, where chat models list several, else of config.json."""
     file = checkpoint.path / "generation_config.json"
-    if not file.exists():
+    if file.exists():
+        ends = read_json(file).get("eos_token_id")
+    else:
         text = checkpoint.config.get("text_config")
-        return (checkpoint.config if text is None else text | checkpoint.config).get("eos_token_id")
-    try:
-        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as e:
-        raise CheckpointError(f"{file} could not be read: {e}") from None
+        ends = ((text if isinstance(text, dict) else {}) | checkpoint.config).get("eos_token_id")
+        file = checkpoint.path / "config.json"
     stated = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(isinstance(end, int) for end in stated):
-        raise CheckpointError(f"{file} could not be read: eos_token_id is {ends!r}, expected token ids")
-    return ends
+    if not all(type(end) is int for end in stated):
+        raise CheckpointError(f"{file} could not be read: eos_token_id is {shown(ends)}, expected token ids")
+    return stated

@@ -57,7 +57,7 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
 
     logging.set_verbosity_error()
     config = dict(checkpoint.config)
-    config.pop("quantization_config")
+    config.pop("quantization_config", None)
     config["model_type"] = str(config.get("model_type", "")).removeprefix(FOREIGN_PREFIX)
     try:
         built = AutoConfig.for_model(**config)

@@ -52,7 +52,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written in it are recognised."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # encode() holds the interpreter's lock all the while, 1 s for 1 MB of text; encode_batch() lets go of it.
+        ids: list[int] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -66,6 +67,7 @@ class Tokenizer:
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: list[dict[str, Any]] | None = None,
         tokenize: Literal[False] = False,  # transformers' tokenizers return ids unless told so
         add_generation_prompt: bool = False,
     ) -> str:
@@ -77,7 +79,7 @@ class Tokenizer:
         try:
             return self._render[1](
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.named,
@@ -87,8 +89,12 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint: ours if it has tokenizer.json, one of transformers' if only older files, None if
-    it has none at all."""
+    """The tokenizer of a checkpoint: ours if it has tokenizer.json, one of transformers' if only older files or if it
+    is a GGUF file, None if it has none at all."""
+    if directory.is_file():
+        from dq_runtime.runtime.dense import gguf_tokenizer
+
+        return gguf_tokenizer(directory)
     config = directory / "tokenizer_config.json"
     if not (directory / "tokenizer.json").exists():
         return _from_transformers(directory) if config.exists() else None
@@ -109,7 +115,7 @@ def _from_transformers(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as e:
         raise CheckpointError(f"the tokenizer files of {directory} could not be read: {e}") from None
 

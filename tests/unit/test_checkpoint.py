@@ -295,11 +295,9 @@ TAMPERINGS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "scale of the wrong shape": (replaced("weight_scale", lambda t: t[:-1]), f"{LAYER} weight_scale"),
     "one scale too few a row": (replaced("weight_scale", lambda t: t.repeat(1, 2)), f"{LAYER} weight_scale"),
     "flat scale": (replaced("weight_scale", lambda t: t.view(-1)), f"{LAYER} weight_scale"),
-    "float32 scale": (replaced("weight_scale", lambda t: t.float()), f"{LAYER} weight_scale"),
+    "integer scale": (replaced("weight_scale", lambda t: t.int()), f"{LAYER} weight_scale"),
     "NaN scale": (replaced("weight_scale", put(torch.nan)), f"{LAYER} weight_scale"),
     "infinite scale": (replaced("weight_scale", put(torch.inf)), f"{LAYER} weight_scale"),
-    "zero scale": (replaced("weight_scale", put(0.0)), f"{LAYER} weight_scale"),
-    "negative scale": (replaced("weight_scale", put(-0.5)), f"{LAYER} weight_scale"),
     "int64 codes": (replaced("weight_packed", lambda t: t.long()), f"{LAYER} weight_packed"),
     "a row of codes too few": (replaced("weight_packed", lambda t: t[1:]), f"{LAYER} weight_packed"),
     "a word of codes too few": (replaced("weight_packed", lambda t: t[:, 1:]), f"{LAYER} weight_packed"),
@@ -374,7 +372,7 @@ CONFIGS: dict[str, tuple[Callable[[Config], Any], str]] = {
     "4 bits where 3 are stored": (lambda c: weights_of(c).update(num_bits=4), "weight_packed"),
     "floats": (lambda c: weights_of(c).update(type="float"), "'float'"),
     "dynamic": (lambda c: weights_of(c).update(dynamic=True), "dynamic"),
-    "activation order": (lambda c: weights_of(c).update(actorder="group"), "activation order"),
+    "activation order": (lambda c: weights_of(c).update(actorder="group"), "weight_g_idx is missing"),
     "another group size": (lambda c: weights_of(c).update(group_size=32), "weight_scale"),
     "group size zero": (lambda c: weights_of(c).update(group_size=0), "group size 0"),
     "group size as text": (lambda c: weights_of(c).update(group_size="64"), "'64'"),
@@ -383,7 +381,7 @@ CONFIGS: dict[str, tuple[Callable[[Config], Any], str]] = {
     "unknown method": (lambda c: c["quantization_config"].update(quant_method="magic"), "'magic'"),
     "GPTQ": (
         lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
-        "'gptq'",
+        "no packed weights",
     ),
     "another format": (lambda c: c["quantization_config"].update(format="int-quantized"), "'int-quantized'"),
     "no groups": (lambda c: c["quantization_config"].update(config_groups={}), "config_groups"),
@@ -478,7 +476,8 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path, packed_model: Path,
     refused(packed_model / "config.json", "config.json")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "config.json")
-    refused(tiny_model, "quantization_config")  # an unquantized model
+    with pytest.raises(CheckpointError, match="quantization_config"):  # an unquantized model, which loads dense
+        open_checkpoint(tiny_model)
     only_config = tmp_path / "only-config"
     only_config.mkdir()
     shutil.copy(packed_model / "config.json", only_config)

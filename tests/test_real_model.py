@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ import pytest
 import dq_runtime
 from dq_runtime import pipeline
 from dq_runtime.runtime.dense import licence_of, load_dense
+from dq_runtime.runtime.engine import Engine, EngineSettings, Event, FinishedEvent, Request
 from dq_runtime.runtime.language_model import LanguageModel
+from dq_runtime.runtime.load import load_for_text
+from dq_runtime.runtime.sampling import Sampling
 from dq_runtime.spec import QuantSpec, RoundingSpec
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
@@ -84,6 +90,54 @@ def test_the_packed_model_chats(quantized: Run) -> None:
     assert len(result.tokens) == 8 or result.finish == "end"
     assert "".join(pieces) == result.text == model.decode(result.tokens)
     assert result.prompt_tokens > 20
+
+
+@pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="torch's sums depend on the batch")
+def test_eight_requests_at_once_say_what_each_says_alone(quantized: Run) -> None:
+    """In exact mode, with a common system prompt, on memory for half of them."""
+    model = load_for_text(quantized[0], "cpu", exact=True)
+    system = {"role": "system", "content": "You are a helpful assistant who answers briefly. " * 8}
+    questions = ["Why is the sky blue?", "What is 2+2?", "Name a colour.", "Who wrote Hamlet?"]
+    questions += ["Tell a story.", "What is Python?", "How do planes fly?", "List three animals."]
+    requests = [
+        Request(model.encode_chat([system, {"role": "user", "content": q}]), 24, Sampling(), ignore_end=True)
+        for q in questions
+    ]
+    alone = []
+    ends: list[FinishedEvent] = []
+
+    def said(engine: Engine, together: list[Request]) -> list[list[int]]:
+        texts: list[list[int]] = [[] for _ in together]
+        done = threading.Semaphore(0)
+
+        def listener(text: list[int]) -> Callable[[Event], None]:
+            def on_event(event: Event) -> None:
+                if isinstance(event, FinishedEvent):
+                    ends.append(event)
+                    done.release()
+                else:
+                    text.extend(event.tokens)
+
+            return on_event
+
+        for request, text in zip(together, texts, strict=True):
+            engine.submit(request, listener(text))
+        for _ in together:
+            assert done.acquire(timeout=300)
+        return texts
+
+    for request in requests[:3]:
+        engine = Engine(model, EngineSettings(kv_bytes=2**28))
+        alone += said(engine, [request])
+        engine.close()
+    block = engine.stats().block_bytes
+    engine = Engine(model, EngineSettings(kv_bytes=12 * block, max_running=8))
+    assert said(engine, requests)[:3] == alone
+    stats = engine.stats()
+    engine.close()
+    assert {end.reason for end in ends} == {"length"}
+    assert stats.blocks_used == 0
+    assert stats.cached_tokens > 0
 
 
 def test_the_reference_is_the_model_itself_in_float32(quantized: Run) -> None:

@@ -11,6 +11,7 @@ from dq_runtime.errors import SpecError
 from dq_runtime.runtime.language_model import LanguageModel
 from dq_runtime.runtime.load import load_for_text
 from dq_runtime.runtime.sampling import Sampler, Sampling
+from dq_runtime.runtime.text_stream import TextStream
 
 Prompt = str | Sequence[int] | list[dict[str, str]]
 
@@ -39,7 +40,7 @@ class Stream:
         model, ids = self._model, self._ids
         cache = model.start(1, len(ids) + self._max_tokens)
         sampler = Sampler(self._sampling)
-        text = _TextStream(model, self._stop)
+        text = TextStream(model, self._stop)
         ends = model.end_tokens()
         generated: list[int] = []
         seen = list(ids)
@@ -66,7 +67,7 @@ class Stream:
             piece = text.push(token)
             if piece:
                 yield piece
-            if text.stopped:
+            if text.matched is not None:
                 finish = "stop"
                 break
             if more and not ahead:
@@ -74,7 +75,7 @@ class Stream:
         rest = text.flush()
         if rest:
             yield rest
-        if text.stopped:
+        if text.matched is not None:
             finish = "stop"
         seconds = time.perf_counter() - prefilled
         self.result = Generation(
@@ -85,57 +86,6 @@ class Stream:
             prefill_per_second=len(ids) / (prefilled - started),
             decode_per_second=len(generated) / seconds if seconds else 0.0,
         )
-
-
-class _TextStream:
-    """Token ids in, printable text out: holds back incomplete UTF-8 and anything that may begin a stop string."""
-
-    def __init__(self, model: LanguageModel, stop: list[str]) -> None:
-        self._model, self._stop = model, stop
-        self._pending: list[int] = []  # ids since the last safe cut
-        self._context = ""  # text of the ids before them that decode together with them
-        self._held = ""
-        self.text = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        if self._model.tokenizer is None:
-            return ""
-        self._pending.append(token)
-        decoded = self._model.decode(self._pending)
-        new = decoded[len(self._context) :]
-        if new.endswith("\ufffd") and len(self._pending) < 32:  # the middle of a character
-            return ""
-        # Keep the last id as context: some tokenizers drop a leading blank of the first id they decode.
-        self._pending = self._pending[-1:]
-        self._context = self._model.decode(self._pending)
-        return self._release(new)
-
-    def flush(self) -> str:
-        """The text that was held back: an incomplete character, the beginning of a stop string that never came."""
-        if self.stopped or self._model.tokenizer is None:
-            return ""
-        piece = self._release(self._model.decode(self._pending)[len(self._context) :])
-        rest, self._held = self._held, ""
-        self.text += rest
-        return piece + rest
-
-    def _release(self, new: str) -> str:
-        held = self._held + new
-        found = [at for s in self._stop if (at := held.find(s)) >= 0]
-        if found:
-            self.stopped = True
-            piece, self._held = held[: min(found)], ""
-        else:
-            keep = max((_overlap(held, s) for s in self._stop), default=0)
-            piece, self._held = held[: len(held) - keep], held[len(held) - keep :]
-        self.text += piece
-        return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 def stream(

@@ -16,13 +16,13 @@ from torch import Tensor
 import dq_runtime
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.packing.checkpoint import open_checkpoint
-from dq_runtime.runtime import generate as module
 from dq_runtime.runtime import transformers_model
 from dq_runtime.runtime.generate import generate, stream
 from dq_runtime.runtime.language_model import LanguageModel, LeanModel
 from dq_runtime.runtime.load import load
 from dq_runtime.runtime.sampling import Sampling
 from dq_runtime.runtime.skeleton import load_through_transformers
+from dq_runtime.runtime.text_stream import TextStream
 from dq_runtime.runtime.transformers_model import TransformersModel
 
 PROMPTS = ["Anna found a red lamp", "Later", "The mayor sold 12 apples. Then", "naïve ☃ 😀"]
@@ -231,12 +231,12 @@ def test_stop_strings_never_leak(model: LanguageModel, text: str, stop: list[str
 def test_a_stop_string_before_a_cut_character_does_not_leak_at_the_end(model: LanguageModel) -> None:
     """The stop string and the first byte of a character in one token, and then the answer ends."""
     tokens = [*_ids(model, "hi"), *_bytes(model, b"!\xf0")]
-    text = module._TextStream(model, ["!"])
+    text = TextStream(model, ["!"])
     text._pending = tokens[:-1]  # as if these bytes were one token
     text._pending.append(tokens[-1])
     assert text.flush() == "hi"
     assert text.text == "hi"
-    assert text.stopped
+    assert text.matched == "!"
 
 
 def test_a_stop_string_may_be_given_bare(model: LanguageModel) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dq_runtime.errors import SpecError
 from dq_runtime.runtime.sampling import Sampler, Sampling, filtered_probabilities
+from dq_runtime.runtime.top_values import top_ids
 
 NOTHING_SEEN: list[int] = []
 
@@ -102,6 +103,33 @@ def test_numpy_and_torch_agree(seed: int) -> None:
             assert chosen.item() == also.item()
             seen.append(chosen.item())
         assert torch.equal(logits, _logits(seed)), "the input is left alone"
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 30.0])
+@pytest.mark.parametrize("top_k", [0, 1, 40])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.9999])
+def test_numpy_sorts_only_what_can_be_kept_of_a_large_vocabulary(spread: float, top_k: int, top_p: float) -> None:
+    """torch sorts all of it; some values tie."""
+    logits = _logits(0, 5000, spread)
+    logits[::2] = logits[::2].round()
+    for temperature in (1e-9, 0.1, 1.0, 3.0):
+        sampling = Sampling(temperature, top_k, top_p, seed=top_k)
+        expected = filtered_probabilities(logits, sampling).numpy()
+        found = filtered_probabilities(logits.numpy(), sampling)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=0)
+        samplers = Sampler(sampling), Sampler(sampling)
+        for _ in range(5):
+            assert samplers[0].choose(logits, []).item() == samplers[1].choose(logits.numpy(), []).item()
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 129, 5000])
+@pytest.mark.parametrize("count", [1, 2, 39, 5000])
+@pytest.mark.parametrize("levels", [3, 40, 10**6])
+def test_the_largest_values_and_what_ties_with_them(size: int, count: int, levels: int) -> None:
+    values = np.random.default_rng(size).integers(0, levels, size).astype(np.float32)
+    values[:: 7 if size > 7 else 1] = -np.inf
+    least = np.sort(values)[-min(count, size)]
+    assert top_ids(values, count).tolist() == [i for i in range(size) if values[i] >= least]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.6)])

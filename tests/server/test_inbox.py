@@ -1,0 +1,66 @@
+"""Events from many threads reach their inboxes in order, with few wake-ups, and never without bound."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from dq_runtime.runtime.engine import TextEvent
+from dq_runtime.server import inbox
+from dq_runtime.server.inbox import Inbox, Mailroom
+
+
+def test_nothing_is_lost_or_out_of_order() -> None:
+    streams, each = 8, 1000
+
+    async def receive() -> list[list[str]]:
+        mailroom, boxes = Mailroom(asyncio.get_running_loop()), [Inbox() for _ in range(streams)]
+
+        def write(number: int) -> None:
+            for i in range(each):
+                mailroom.post(boxes[number], 0, TextEvent(str(i)))
+
+        async def read(box: Inbox) -> list[str]:
+            found: list[str] = []
+            while len(found) < each:
+                await asyncio.wait_for(box.ready.wait(), 10)
+                found += [event.text for _, event in box.take() if isinstance(event, TextEvent)]
+            return found
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in range(streams)]
+        for thread in threads:
+            thread.start()
+        return await asyncio.gather(*(read(box) for box in boxes))
+
+    assert asyncio.run(receive()) == [[str(i) for i in range(each)]] * streams
+
+
+def test_what_comes_at_once_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def count() -> int:
+        loop = asyncio.get_running_loop()
+        mailroom, boxes, calls = Mailroom(loop), [Inbox() for _ in range(8)], []
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda work: calls.append(1) or call(work), raising=False)
+        for box in boxes:
+            mailroom.post(box, 0, TextEvent("a"))
+        await asyncio.gather(*(box.ready.wait() for box in boxes))
+        return len(calls)
+
+    assert asyncio.run(count()) == 1
+
+
+def test_a_reader_that_falls_behind_is_marked_and_gets_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "MOST_EVENTS", 3)
+
+    async def fill() -> Inbox:
+        mailroom, box = Mailroom(asyncio.get_running_loop()), Inbox()
+        for i in range(5):
+            mailroom.post(box, 0, TextEvent(str(i)))
+        await box.ready.wait()
+        return box
+
+    box = asyncio.run(fill())
+    assert box.overflowed
+    assert [event.text for _, event in box.take() if isinstance(event, TextEvent)] == ["0", "1", "2"]

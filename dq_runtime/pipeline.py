@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dq_runtime.allocation import Allocation, Planner, allocate
 from dq_runtime.data import Text, Windows, pack_windows, read_texts
+from dq_runtime.data.selection import check_selection, mean_hidden_states, select_windows
 from dq_runtime.environment import device_name, flushed_denormals, peak_memory, resolve_device, versions
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.evaluate.figures import layer_rows, sizes
@@ -79,6 +81,7 @@ class Request:
     transform: Transform
     counts: tuple[int, int]  # calibration and held-out windows
     length: int
+    select: str  # which calibration windows, see data/selection.py
     dtype: torch.dtype  # of the rounding loop
     device: str
     overwrite: bool
@@ -103,6 +106,7 @@ def quantize(
     windows: int = 96,
     window_length: int = 512,
     held_out_windows: int = 16,
+    calibration_select: str = "random",
     compute_dtype: str = "auto",
     device: str = "auto",
     checkpoint_every: float = 120.0,
@@ -114,11 +118,12 @@ def quantize(
     """Round ``model`` (directory, hub name or GGUF file), write the packed checkpoint ``output``, return its report.
 
     ``calibration`` and ``held_out`` are text, JSONL or ``hf:`` sources. Without ``held_out``, whole documents of the
-    calibration source are held out; without ``calibration``, the teacher samples both. ``compute_dtype`` (auto,
-    float32, bfloat16) is that of the rounding loop; everything reported is measured in float32 on what was written to
-    disk. Every ``checkpoint_every`` seconds the loop saves its state in ``output.partial/``, from which ``resume``
-    continues to bit-identical codes. Nothing appears at ``output`` before it is complete, and a failed run leaves
-    nothing but a state worth resuming. Bad input raises :class:`DQError`.
+    calibration source are held out; without ``calibration``, the teacher samples both. ``calibration_select`` (random,
+    coreset) says which windows of the text calibrate. ``compute_dtype`` (auto, float32, bfloat16) is that of the
+    rounding loop; everything reported is measured in float32 on what was written to disk. Every ``checkpoint_every``
+    seconds the loop saves its state in ``output.partial/``, from which ``resume`` continues to bit-identical codes.
+    Nothing appears at ``output`` before it is complete, and a failed run leaves nothing but a state worth resuming. Bad
+    input raises :class:`DQError`.
     """
     started = time.monotonic()
     listener = listener or Silent()
@@ -141,6 +146,7 @@ def quantize(
         transform=transform,
         counts=(windows if needs_text else 0, held_out_windows),
         length=window_length,
+        select=check_selection(calibration_select, calibration),
         dtype=loop_dtype_of(compute_dtype, torch.device(device)),
         device=device,
         overwrite=overwrite,
@@ -275,8 +281,10 @@ def _windows(
         elif lm.tokenizer is None:
             raise DQError(f"{lm.path} has no tokenizer to read {text.source} with; leave text out to sample token ids")
         else:
-            seed = request.spec.seed + i
-            made.append(pack_windows(text.documents, lm.tokenizer, count, request.length, seed, text.source))
+            length, seed = request.length, request.spec.seed + i
+            pack = partial(pack_windows, text.documents, lm.tokenizer, length=length, seed=seed, source=text.source)
+            look = partial(mean_hidden_states, lm.model, stage=listener.stage)
+            made.append(select_windows(pack, count, "random" if i else request.select, seed, look))
     return made[0], made[1]
 
 

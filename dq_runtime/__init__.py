@@ -3,6 +3,7 @@
     dq_runtime.quantize(model, output, spec)   round and write a packed checkpoint
     dq_runtime.load(path)                      a model whose linears stay packed
     dq_runtime.generate(model_or_path, prompt) text
+    dq_runtime.use_packed_linears()            transformers' from_pretrained keeps them packed too
 
 Importing this package imports neither torch kernels nor Triton nor CUDA; names resolve on first use.
 """
@@ -16,6 +17,7 @@ from dq_runtime._version import __version__
 
 if TYPE_CHECKING:
     from dq_runtime.errors import DQError
+    from dq_runtime.hf.quantizer import use_packed_linears
     from dq_runtime.pipeline import quantize
     from dq_runtime.runtime.generate import generate, stream
     from dq_runtime.runtime.load import load
@@ -33,6 +35,7 @@ _LAZY = {
     "load": "dq_runtime.runtime.load",
     "quantize": "dq_runtime.pipeline",
     "stream": "dq_runtime.runtime.generate",
+    "use_packed_linears": "dq_runtime.hf.quantizer",
 }
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "load",
     "quantize",
     "stream",
+    "use_packed_linears",
 ]
 
 

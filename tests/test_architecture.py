@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from dq_runtime.backends import BACKENDS
+from dq_runtime.export import EXPORTERS
 from dq_runtime.grids import GRIDS
+from dq_runtime.packing.readers import READERS
 from dq_runtime.registry import Registry
 from dq_runtime.rounding import ROUNDINGS
 from dq_runtime.transforms import TRANSFORMS
@@ -26,14 +28,15 @@ MAX_LINES = 400
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"_version", "errors", "interrupt"}),
     frozenset({"environment", "spec", "registry", "_native"}),
+    frozenset({"theory"}),
     frozenset({"grids", "transforms", "data"}),
     frozenset({"rounding", "packing"}),
     frozenset({"dq_kernels"}),
     frozenset({"backends"}),
     frozenset({"modules"}),
-    frozenset({"runtime", "evaluate"}),
+    frozenset({"runtime", "evaluate", "hf"}),
     frozenset({"allocation", "preflight", "server"}),
-    frozenset({"pipeline"}),
+    frozenset({"pipeline", "export", "scores"}),
     frozenset({"compare"}),
     frozenset({"cli"}),
     frozenset({"generate", "__main__"}),
@@ -100,13 +103,20 @@ def test_a_file_imports_lower_levels_only(file: Path) -> None:
 
 
 def test_the_registries_name_modules_of_their_own_folder() -> None:
-    folders = {"grids": GRIDS, "transforms": TRANSFORMS, "rounding": ROUNDINGS, "backends": BACKENDS}
+    folders = {
+        "packing.readers": READERS,
+        "grids": GRIDS,
+        "transforms": TRANSFORMS,
+        "rounding": ROUNDINGS,
+        "backends": BACKENDS,
+        "export": EXPORTERS,
+    }
     for folder, registry in folders.items():
         for name in registry:
             assert registry._members[name].startswith(f"dq_runtime.{folder}."), name
 
 
-@pytest.mark.parametrize("registry", [GRIDS, TRANSFORMS, ROUNDINGS, BACKENDS], ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", [GRIDS, TRANSFORMS, ROUNDINGS, BACKENDS, EXPORTERS, READERS], ids=lambda r: r.kind)
 def test_every_registered_target_imports(registry: Registry) -> None:
     assert len(registry) > 0
     for name in registry:

@@ -27,9 +27,21 @@ app = typer.Typer(
 def _register_once() -> None:
     if app.registered_commands:
         return
-    from dq_runtime.cli import backends, bench, compare, generate, inspect, quantize
+    from dq_runtime.cli import (
+        backends,
+        bench,
+        chat,
+        check,
+        compare,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        quantize,
+        serve,
+    )
 
-    for module in (quantize, compare, generate, inspect, backends, bench):
+    for module in (quantize, compare, evaluate, export, check, generate, chat, serve, inspect, backends, bench):
         module.register(app)
 
 

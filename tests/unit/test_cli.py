@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dq_runtime.cli import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("quantize", "compare", "generate", "inspect", "backends")
+COMMANDS = ("quantize", "compare", "generate", "inspect", "backends", "serve", "chat", "export", "check", "eval")
 SMALL = ["--windows", "2", "--window-length", "32", "--held-out-windows", "2"]
 
 

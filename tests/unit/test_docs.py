@@ -58,7 +58,18 @@ def test_every_command_line_option_in_the_readme_exists(
     monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would break long options in two
     readme = (ROOT / "README.md").read_text()
     flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", readme))
-    for command in ("quantize", "compare", "generate", "inspect", "backends"):
+    for command in (
+        "quantize",
+        "compare",
+        "generate",
+        "inspect",
+        "backends",
+        "serve",
+        "chat",
+        "export",
+        "check",
+        "eval",
+    ):
         main([command, "--help"])
     known = capsys.readouterr().out + (ROOT / "benchmarks" / "calibration_source.py").read_text()
     assert {flag for flag in flags if flag not in known} == set()

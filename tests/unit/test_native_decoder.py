@@ -124,7 +124,7 @@ def test_rounded_activations_stay_close() -> None:
 
 
 def test_one_token_steps_round_hardly_at_all() -> None:
-    """Up to four tokens activations have 15 bits; what is left is the 8-bit head and the float16 cache."""
+    """Generated tokens have 15-bit activations; what is left is the first token, the 8-bit head, the float16 cache."""
     c, w = config(), weights()
     tokens = ids(3, 40)
     expected = TorchDecoder(c, w, "cpu", torch.float32, True).logits(tokens)

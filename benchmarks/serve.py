@@ -2,10 +2,10 @@
 
     python benchmarks/serve.py [--rounds 3] [--requests 24] [--output FILE] [--plot FILE]
 
-SmolLM2-135M-Instruct at 4 bits on two threads, both servers with eight places, greedy completions of 256 tokens to prompts
-of 20 to 130 from CPython's documentation, each prompt once: no server can reuse another's. The two take turns, the other
-one idle, so that whatever else the machine does meets both. llama.cpp's server is built from its source for this
-machine in build/rivals (10 minutes, once).
+SmolLM2-135M-Instruct at 4 bits on two threads, both servers with eight places, greedy completions of 256 tokens to
+prompts of 20 to 130 from CPython's documentation, each prompt once: no server can reuse another's. The two take turns,
+the other one idle, so that whatever else the machine does meets both. The clients run on the same cores. llama.cpp's
+server is built from its source for this machine in build/rivals (10 minutes, once).
 """
 
 from __future__ import annotations

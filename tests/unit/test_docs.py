@@ -130,6 +130,24 @@ def test_the_cpu_figures_of_the_readme_are_the_committed_result() -> None:
     assert f"{ratios['cold_start']:.1f}x" in readme
 
 
+def test_the_serving_figures_are_the_committed_result() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    report = json.loads((ROOT / "benchmarks" / "results" / "serve.json").read_text())
+    rows = {(row["engine"], row["concurrency"]): row for row in report["rows"]}
+    for concurrency in (1, 2, 4, 8):
+        both = [rows[name, concurrency] for name in ("dq 4 bits", "llama.cpp Q4_0")]
+        speeds = " | ".join(f"{row['tokens_per_second']:.0f}" for row in both)
+        waits = ", ".join(f"{1000 * row['first_token_p95']:.0f} ms" for row in both)
+        assert f"| {concurrency} | {speeds} | {waits} |" in readme
+    ratios = report["ratios"]
+    assert f"Eight streams get {ratios['throughput_8_over_theirs']:.2f}x what llama.cpp's get" in readme
+    assert f"wait {ratios['first_token_p95_8_over_theirs']:.2f}x as long" in readme
+    assert f"our own that is {ratios['throughput_8_over_1']:.2f}x" in readme
+    engine = " ".join((ROOT / "docs" / "engine.md").read_text().split())
+    assert f"get {ratios['throughput_8_over_1']:.2f} times the tokens of one" in engine
+    assert f"first token {report['prefix_reuse']['speedup']:.0f} times as soon" in engine
+
+
 def test_the_rounding_times_of_the_readme_are_the_committed_results() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     results = ROOT / "benchmarks" / "results"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -87,11 +87,16 @@ def score(
             raise SpecError(
                 f"{model.path} has {model.vocabulary} tokens and {base.path} {base.vocabulary}: not one model"
             )
-    candidates = {path: _logits(model) for path, model in models.items()}
-    qualities = compare(windows.tokens, _logits(base), candidates, stage("Evaluating"))
+    candidates = {path: logits_of(model) for path, model in models.items()}
+    qualities = compare(windows.tokens, logits_of(base), candidates, stage("Evaluating"))
     first = qualities[paths[0]]
     del base, models, candidates
-    answers = {path: _tasks(path, protocol, device, stage(f"Tasks of {path}")) for path in paths if protocol.tasks}
+    answers = {}
+    for path in paths if protocol.tasks else ():
+        assert protocol.tasks_data is not None
+        show = stage(f"Tasks of {path}")
+        answers[path] = task_answers(path, protocol.tasks, protocol.tasks_data, protocol.task_items, device)
+        show(1, 1)
     return [_score(path, qualities[path], first, answers.get(path, {})) for path in paths]
 
 
@@ -118,7 +123,9 @@ def _open(path: str, device: str) -> LanguageModel:
     return load(path, device, torch.float32, exact=True)
 
 
-def _logits(model: LanguageModel) -> Callable[[Tensor], Tensor]:
+def logits_of(model: LanguageModel) -> Callable[[Tensor], Tensor]:
+    """``model`` as the evaluator takes it: one window [T] of ids to its logits [T, V]."""
+
     def logits(tokens: Tensor) -> Tensor:
         out: Tensor = model.logits(tokens.unsqueeze(0))[0]
         return out
@@ -126,17 +133,20 @@ def _logits(model: LanguageModel) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _tasks(path: str, protocol: Measurement, device: str, show: Stage) -> dict[str, list[int]]:
-    """Right and wrong answers through lm-eval, the linears packed where they are packed on disk."""
+def task_answers(path: str, tasks: Sequence[str], data: Path, items: int, device: str) -> dict[str, list[int]]:
+    """Right (1) and wrong (0) answers of the model at ``path`` to the first ``items`` of each of ``tasks`` through
+    lm-eval, the linears of a packed directory packed."""
     from transformers import AutoTokenizer
 
-    assert protocol.tasks_data is not None
     try:
-        model: Any = load_through_transformers(open_checkpoint(path), device, torch.float32).model
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # What is no directory (a GGUF file, a hub name) only transformers can give lm-eval: dense.
+        checkpoint = open_checkpoint(path) if Path(path).is_dir() else None
     except NotPackedError:
+        checkpoint = None
+    if checkpoint is None:
         dense = load_dense(path, device)
         model, tokenizer = dense.model, dense.tokenizer
-    answers = score_tasks(model, tokenizer, protocol.tasks, protocol.tasks_data, protocol.task_items, device)
-    show(1, 1)
-    return answers
+    else:
+        model = load_through_transformers(checkpoint, device, torch.float32).model
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return score_tasks(model, tokenizer, tasks, data, items, device)

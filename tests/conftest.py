@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ def pytest_configure() -> None:
     # Two OpenMP threads on a busy two-core machine wait for each other: 799 tiny grid tests took 29 s instead of 3.7.
     # Tests of threads, and of real models, ask for more themselves.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that change the number of threads: one to begin with, and what there was afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def seeded_documents(count: int = 90, seed: int = 0) -> list[str]:

@@ -23,13 +23,12 @@ from dq_runtime.errors import DQError, Interrupted
 from dq_runtime.evaluate.metrics import compare
 from dq_runtime.evaluate.perplexity import perplexity, running_text
 from dq_runtime.evaluate.report import held_out_section
-from dq_runtime.evaluate.tasks import score_tasks
 from dq_runtime.packing.checkpoint import open_checkpoint
 from dq_runtime.pipeline import Silent, Stage, quantize
 from dq_runtime.runtime.dense import load_dense
 from dq_runtime.runtime.language_model import LanguageModel
 from dq_runtime.runtime.load import load
-from dq_runtime.runtime.skeleton import load_through_transformers
+from dq_runtime.scores import logits_of, task_answers
 
 
 class Pipe(Protocol):
@@ -148,10 +147,10 @@ def _score(cell: Cell, settings: Settings, device: str, listener: Silent) -> dic
     candidates: dict[str, Callable[[Tensor], Tensor]] = {}
     if cell.path is not None:
         candidate, made = _open(cell, device)
-        candidates = {cell.method: _logits(candidate)}
+        candidates = {cell.method: logits_of(candidate)}
     windows = settings.held_windows(original.tokenizer)
     show(1, 1)
-    results = compare(windows.tokens, _logits(original), candidates, listener.stage("Evaluating"))
+    results = compare(windows.tokens, logits_of(original), candidates, listener.stage("Evaluating"))
     section = held_out_section(results, windows.source, [len(windows.tokens), settings.window_length])
     return {
         **made,
@@ -192,14 +191,6 @@ def _open(cell: Cell, device: str) -> tuple[LanguageModel, dict[str, Any]]:
     }
 
 
-def _logits(model: LanguageModel) -> Callable[[Tensor], Tensor]:
-    def logits(tokens: Tensor) -> Tensor:
-        out: Tensor = model.logits(tokens.unsqueeze(0))[0]
-        return out
-
-    return logits
-
-
 def _is_packed(path: str) -> bool:
     config = Path(path) / "config.json"
     return config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
@@ -219,7 +210,7 @@ def _perplexity(path: str, settings: Settings, device: str, listener: Silent) ->
         settings.wikitext_stride or settings.window_length,
     )
     windows = text.windows(settings.wikitext_windows)
-    measured = perplexity(windows, _logits(model), listener.stage("Perplexity"))
+    measured = perplexity(windows, logits_of(model), listener.stage("Perplexity"))
     return {
         "perplexity_windows": {"nll": measured.nll_windows, "tokens": measured.tokens},
         "perplexity_sha256": Windows(text.ids, settings.wikitext).fingerprint(),
@@ -227,18 +218,10 @@ def _perplexity(path: str, settings: Settings, device: str, listener: Silent) ->
 
 
 def _tasks(path: str, settings: Settings, device: str, listener: Silent) -> dict[str, Any]:
-    """Right and wrong answers of the model at ``path``, its linears packed where they are packed on disk."""
-    from transformers import AutoTokenizer
-
+    """Right and wrong answers of the model at ``path``."""
     show = listener.stage("Tasks")
     show(0, 1)
-    if _is_packed(path):
-        model = load_through_transformers(open_checkpoint(path), device, torch.float32).model
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    else:
-        dense = load_dense(path, device)
-        model, tokenizer = dense.model, dense.tokenizer
     assert settings.tasks_data is not None
-    answers = score_tasks(model, tokenizer, settings.tasks, Path(settings.tasks_data), settings.task_items, device)
+    answers = task_answers(path, settings.tasks, Path(settings.tasks_data), settings.task_items, device)
     show(1, 1)
     return {"tasks": answers}

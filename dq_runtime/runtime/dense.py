@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from dq_runtime.errors import DQError
 from dq_runtime.packing.checkpoint import NotPackedError, open_checkpoint
 from dq_runtime.packing.directory import tensor_files
+from dq_runtime.packing.readers.gguf import gguf_file
 from dq_runtime.runtime.transformers_model import TransformersModel
 
 
@@ -115,29 +115,17 @@ def gguf_tokenizer(path: Path) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     tokenizer = _load_tokenizer(str(path.parent), {"gguf_file": path.name})
-    if tokenizer is not None and _gguf_string(path, "tokenizer.ggml.pre") == "smollm":
+    if tokenizer is not None and gguf_file(path).metadata.get("tokenizer.ggml.pre") == "smollm":
         _split_digits(tokenizer)
     return tokenizer
-
-
-def _gguf_string(path: Path, name: str) -> str | None:
-    """A string value of a GGUF file's metadata, found in its first 64 KiB where the scalars lie."""
-    key = name.encode()
-    with path.open("rb") as f:
-        head = f.read(1 << 16)
-    at = head.find(struct.pack("<Q", len(key)) + key)
-    if at < 0:
-        return None
-    at += 8 + len(key)
-    kind, length = struct.unpack_from("<IQ", head, at)
-    return head[at + 12 : at + 12 + length].decode() if kind == 8 else None
 
 
 def licence_of(source: str) -> str | None:
     """The licence a model states in its GGUF metadata or its model card, or None."""
     path = Path(source)
     if path.suffix == ".gguf":
-        return _gguf_string(path, "general.license")
+        stated = gguf_file(path).metadata.get("general.license")
+        return stated if isinstance(stated, str) else None
     card = path / "README.md"
     if card.is_file():
         found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)

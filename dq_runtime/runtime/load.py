@@ -37,10 +37,11 @@ AMD_DEVICE = Path("/dev/kfd")
 
 
 def load(
-    path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, exact: bool = False
+    path: str | Path | Checkpoint, device: str = "auto", dtype: torch.dtype | None = None, exact: bool = False
 ) -> LanguageModel:
     """The model of a checkpoint, ready to run: by our own decoder where it knows the architecture, else through
-    transformers. ``path`` is a directory, a .gguf file, or a hub name, which is fetched first.
+    transformers. ``path`` is a directory, a .gguf file, or a hub name, which is fetched first; or a checkpoint that is
+    open already, whose files are not hashed a second time.
 
     ``dtype`` is that of activations and unquantized weights: by default float32 on a CPU (whose low-bit kernels
     accumulate in float32 anyway), the checkpoint's own dtype on a GPU. ``exact`` forbids to round activations to less
@@ -51,23 +52,23 @@ def load(
 
     device = resolve_device(device)
     checkpoint = _open(path)
-    if isinstance(checkpoint, NotPackedError):
-        return _dense(local_path(path), checkpoint, device, dtype)
+    if isinstance(checkpoint, tuple):
+        return _dense(*checkpoint, device, dtype)
     config = read_config(checkpoint.config)
     weights = read_weights(checkpoint, config) if isinstance(config, DecoderConfig) else None
     return _on_torch(checkpoint, config, weights, device, dtype, exact)
 
 
-def load_for_text(path: str | Path, device: str = "auto", exact: bool = False) -> LanguageModel:
+def load_for_text(path: str | Path | Checkpoint, device: str = "auto", exact: bool = False) -> LanguageModel:
     """As :func:`load`, for callers that want text and not tensors: a model of numpy arrays, in a process without torch,
     wherever the native decoder would run it; else what :func:`load` gives."""
     if torch_is_wanted(device) is not None:
         return load(path, device, exact=exact)
     checkpoint = _open(path)
-    if isinstance(checkpoint, NotPackedError):
+    if isinstance(checkpoint, tuple):
         from dq_runtime.environment import resolve_device
 
-        return _dense(local_path(path), checkpoint, resolve_device(device), None)
+        return _dense(*checkpoint, resolve_device(device), None)
     config = read_config(checkpoint.config)
     if not isinstance(config, DecoderConfig):
         return _on_torch(checkpoint, config, None, "cpu", None, exact)
@@ -77,12 +78,16 @@ def load_for_text(path: str | Path, device: str = "auto", exact: bool = False) -
     return _lean(checkpoint, NativeDecoder(config, weights, exact, checkpoint.release))
 
 
-def _open(path: str | Path) -> Checkpoint | NotPackedError:
-    """The checkpoint, its notes passed on, or why it is to be run dense."""
-    try:
-        checkpoint = open_checkpoint(local_path(path))
-    except NotPackedError as reason:
-        return reason
+def _open(path: str | Path | Checkpoint) -> Checkpoint | tuple[Path, NotPackedError]:
+    """The checkpoint, its notes passed on; or what is to be run dense, and why."""
+    if isinstance(path, Checkpoint):
+        checkpoint = path
+    else:
+        found = local_path(path)
+        try:
+            checkpoint = open_checkpoint(found)
+        except NotPackedError as reason:
+            return found, reason
     for sentence in checkpoint.notes:
         _note(f"{checkpoint.path}: {sentence}")
     return checkpoint

@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from dq_runtime.errors import DQError
+from dq_runtime.packing.checkpoint import open_checkpoint
 from dq_runtime.runtime.engine import Engine, EngineSettings
 from dq_runtime.runtime.load import load_for_text
 from dq_runtime.server.app import Application
@@ -29,8 +30,9 @@ def open_served(
 ) -> tuple[Engine, Served]:
     """Load a checkpoint and start its engine. ``name`` is by default the directory's."""
     path = Path(checkpoint)
-    size = measure(path)
-    model = load_for_text(path, device, exact)
+    opened = open_checkpoint(path)  # once: its files are hashed by it
+    size = measure(opened)
+    model = load_for_text(opened, device, exact)
     if model.tokenizer is None:
         raise DQError(f"{path} has no tokenizer files; add tokenizer.json to serve it")
     engine = Engine(model, engine_settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_runtime.errors import DQError
-from dq_runtime.packing.checkpoint import open_checkpoint
+from dq_runtime.packing.checkpoint import Checkpoint
 from dq_runtime.runtime.language_model import LanguageModel
 from dq_runtime.server.errors import APIError
 
@@ -27,9 +27,8 @@ class Size:
     size_bytes: int
 
 
-def measure(path: str | Path) -> Size:
-    """The :class:`Size` of a packed checkpoint, from its headers and shapes."""
-    checkpoint = open_checkpoint(path)
+def measure(checkpoint: Checkpoint) -> Size:
+    """The :class:`Size` of a packed checkpoint."""
     widths: set[int] = set()
     stored, weights = 0.0, 0
     for _, weight in checkpoint.weights():
@@ -37,6 +36,7 @@ def measure(path: str | Path) -> Size:
         by_group = 16 if weight.zero is None else 16 + weight.bits
         stored += weight.n * weight.k * (weight.bits + by_group / weight.group_size)
         weights += weight.n * weight.k
+    checkpoint.release()
     files = [checkpoint.path] if checkpoint.path.is_file() else list(checkpoint.path.glob("*.safetensors"))
     per_weight = round(stored / weights, 3) if weights else None
     return Size(tuple(sorted(widths)), per_weight, sum(file.stat().st_size for file in files))

@@ -4,7 +4,6 @@ exact mode is asserted for every architecture in test_decoder.py."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,17 +18,12 @@ from dq_runtime.runtime.decoder.native_on_torch import NativeOnTorch
 from dq_runtime.runtime.decoder.rope import Rope
 from dq_runtime.runtime.decoder.torch_decoder import TorchDecoder
 
-pytestmark = pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCAB, LAYERS = 96, 6, 2, 16, 168, 211, 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(window: int | None = None) -> DecoderConfig:

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,15 +27,10 @@ from dq_runtime.runtime.decoder.paged import BLOCK, MAX_TOKENS, PagedDecoder, Se
 from dq_runtime.runtime.decoder.rope import LongRopeScaling, Rope
 from dq_runtime.runtime.decoder.torch_decoder import TorchDecoder
 
-pytestmark = pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @dataclass

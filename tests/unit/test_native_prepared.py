@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -23,22 +22,17 @@ from dq_runtime.modules.quant_linear import QuantLinear
 from dq_runtime.packing import PackedWeight, pack_codes
 from dq_runtime.packing.bridge import host_of, host_weight_of
 
-pytestmark = pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 BITS = range(2, 9)
 MS = (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 64, 65)
 EPS = 2.0**-23
-FEW_TOKENS = 4  # csrc/bind_prepared.cpp: up to here all activations have 15 bits
+FEW_TOKENS = 4  # csrc/cpu/kernels.h, kFineTokens: up to here all activations have 15 bits
 # (K, group): whole units, a row, padded units of every storage, odd groups, groups cut into several activation scales
 SHAPES = ((576, 64), (576, 576), (192, 32), (96, 16), (100, 100), (33, 11), (7, 7), (192, 48), (384, 192))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weight(n: int, k: int, bits: int, group: int, symmetric: bool, scale_dtype: torch.dtype) -> PackedWeight:

@@ -32,14 +32,20 @@ BITS = {Q4_0: 4, Q8_0: 8}
 _PLAIN = {F32: ("float32", np.float32), F16: ("float16", np.float16), BF16: ("bfloat16", np.uint16)}
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """See :func:`dq_runtime.packing.checkpoint.open_checkpoint`."""
+def gguf_file(path: Path) -> GgufFile:
+    """The file, checked; :class:`DQError` where the gguf package, which knows the types of tensors, is missing."""
     try:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf import GGML_QUANT_SIZES
     except ImportError:
         raise DQError(f"reading {path.name} needs the gguf package: pip install 'dq_runtime[gguf]'") from None
-    sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-    file = GgufFile(path, sizes)
+    return GgufFile(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """See :func:`dq_runtime.packing.checkpoint.open_checkpoint`."""
+    file = gguf_file(path)
+    from gguf import GGMLQuantizationType
+
     model = read_model(file)
     if isinstance(model, str):
         raise NotPackedError(f"{path}: {model}")

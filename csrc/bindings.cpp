@@ -134,6 +134,7 @@ PYBIND11_MODULE(_native, module) {
     bind_prepared(module);
     bind_decoder(module);
     bind_training(module);
+    bind_layers(module);
     bind_rounding(module);
     py::module_::import("atexit").attr("register")(py::cpp_function([] {
         py::gil_scoped_release release;

@@ -37,6 +37,7 @@ inline int useful_threads(int threads, int64_t rows, int64_t work_per_row) {
 void bind_prepared(py::module_& module);  // repacking and the matmuls over it
 void bind_decoder(py::module_& module);
 void bind_training(py::module_& module);
+void bind_layers(py::module_& module);  // what stands between the products of a layer in training
 void bind_rounding(py::module_& module);
 
 }  // namespace dq::binding

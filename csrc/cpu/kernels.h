@@ -7,6 +7,8 @@
 #include "attention.h"
 #include "prepared.h"
 #include "training.h"
+#include "training_attention.h"
+#include "training_rows.h"
 
 namespace dq {
 
@@ -53,6 +55,8 @@ struct Kernels {
     void (*store_key_value)(const float* key, const float* value, const KeyValue& cache, int64_t position);
 
     TrainingKernels training;
+    AttentionKernels attention;
+    RowKernels rows;
 };
 
 // The best table this CPU runs, or the one DQ_ISA names; throws std::runtime_error, in one sentence, where that is

@@ -5,9 +5,11 @@
 #include "kernels.h"
 #include "matmul_impl.h"
 #include "row_ops.h"
+#include "training_attention_impl.h"
 #include "training_impl.h"
+#include "training_rows_impl.h"
 
 namespace dq {
 const Kernels kAvx2Kernels = {"avx2", quantize, pad, matmul_int8, matmul_exact, rms_norm, add, rope, attend,
-                            store_key_value, {adam, lerp_weight, scale_grad, token_kl}};
+                            store_key_value, {adam, lerp_weight, scale_grad, token_kl}, kAttention, kRowPasses};
 }  // namespace dq

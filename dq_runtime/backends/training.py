@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dq_runtime.backends.choice import first_willing
+from dq_runtime.backends.layers_native import NativeLayers
 from dq_runtime.errors import BackendError
 from dq_runtime.packing.layout import unpack_codes
 from dq_runtime.registry import Registry
@@ -57,7 +58,8 @@ class Lerp:
 
 @dataclass(frozen=True)
 class TrainingCall:
-    """Everything an implementation may base its answer on. ``dtype``: of the activations (lerp_mm, lerp_mm_backward),
+    """Everything an implementation may base its answer on. ``dtype``: of the activations (lerp_mm, lerp_mm_backward,
+    layer_passes),
     of x (projected_adam) or of the logits (mean_kl_with_grad). The last three are 0 or False where there is no Lerp."""
 
     op: str
@@ -76,6 +78,8 @@ class Training(Protocol):
     compact: bool
     """Whether a layer that will be trained here had better hold its state compactly: lo packed, y float16, free one bit
     a weight."""
+    layers: NativeLayers | None
+    """The passes between the matrix products of a layer; None: the model's own code is to run there."""
 
     def available(self) -> str | None:
         """None if it can be used here at all, else the reason it cannot. Cheap, no side effects."""
@@ -133,6 +137,12 @@ def choose(call: TrainingCall) -> Training:
 def holds_compactly(device: torch.device) -> bool:
     """Whether a layer on ``device`` should hold its state compactly (see :attr:`Training.compact`)."""
     return choose(TrainingCall("projected_adam", device.type, torch.float32)).compact
+
+
+def layer_passes(device: torch.device, dtype: torch.dtype) -> NativeLayers | None:
+    """What a layer on ``device`` with matrix products in ``dtype`` had better run on between them (see
+    :attr:`Training.layers`)."""
+    return choose(TrainingCall("layer_passes", device.type, dtype)).layers
 
 
 def half_state() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq_runtime.backends.layers_native import NativeLayers
 from dq_runtime.backends.training import Lerp, TrainingCall, unpack_flags
 from dq_runtime.backends.training_reference import ReferenceTraining
 from dq_runtime.rounding.base import AdamStep
@@ -37,6 +38,7 @@ class NativeTraining:
     def __init__(self) -> None:
         self._reference = ReferenceTraining()
         self._local = threading.local()  # a buffer for each thread and dtype
+        self.layers = None if _native is None else NativeLayers()
 
     def available(self) -> str | None:
         return f"the C++ extension dq_runtime._native is not built ({_import_error})" if _native is None else None

@@ -21,6 +21,7 @@ class ReferenceTraining:
 
     name = "reference"
     compact = False
+    layers = None
 
     def available(self) -> str | None:
         return None

@@ -22,6 +22,7 @@ class TritonTraining:
 
     name = "triton"
     compact = True
+    layers = None
 
     def available(self) -> str | None:
         return TritonCuda().available()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dq_runtime.backends import training
 from dq_runtime.errors import SpecError
+from dq_runtime.modules.fused_layers import FusedLayers
 from dq_runtime.modules.kl import mean_kl
 from dq_runtime.modules.step_graph import StepGraph
 from dq_runtime.modules.student_linear import Mode, StudentLinear
@@ -41,6 +44,7 @@ class StudentModel:
         self.graphed = takes_cache and all(layer.compact and layer.scale.is_cuda for layer in layers.values())
         self._graph: StepGraph | None = None
         self._eager_steps = 0
+        self._fused_layers: FusedLayers | None = None
         self._wide_head: Tensor | None = None  # float32, while a bfloat16 copy stands in for it
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -78,7 +82,7 @@ class StudentModel:
         """Mean KL(teacher || student) in nats per token of one window [T]; differentiable in every x, or in what the
         ``weights`` to be used instead depend on."""
         self.set_mode(Mode.TEACHER)
-        with torch.no_grad():
+        with torch.no_grad(), self._fused():
             teacher = self.logits(tokens)
         if weights is None:
             self.set_mode(Mode.RELAXED)
@@ -86,7 +90,18 @@ class StudentModel:
             self.set_mode(Mode.CANDIDATE)
             for name, weight in weights.items():
                 self.layers[name].candidate = weight
-        return mean_kl(self.logits(tokens), teacher, reuse_teacher=True)
+        with self._fused():
+            student = self.logits(tokens)
+        return mean_kl(student, teacher, reuse_teacher=True)
+
+    def _fused(self) -> AbstractContextManager[None]:
+        """Within, the layers that allow it run on our own passes between their products."""
+        ops = training.layer_passes(self.device, self.compute_dtype)
+        if ops is None:
+            return nullcontext()
+        if self._fused_layers is None:
+            self._fused_layers = FusedLayers(self.model, ops)
+        return self._fused_layers.installed()
 
     def kl_backward(self, window: int, weights: Weights | None = None) -> Tensor:
         """See :class:`dq_runtime.rounding.base.Student`; on a GPU the relaxed choices run by a recorded graph from the

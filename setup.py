@@ -42,10 +42,10 @@ class Variant:
 X86 = ("x86_64", "AMD64")
 ARM = ("aarch64", "arm64")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# GCC 12's own AVX-512 header trips -Wmaybe-uninitialized.
+# GCC 12's own AVX-512 header trips -Wuninitialized and -Wmaybe-uninitialized.
 AVX512 = (
     *(*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-    *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized"),
+    *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
 VARIANTS = [
     Variant("scalar", "csrc/cpu/kernels_scalar.cpp"),

@@ -1,7 +1,7 @@
 """Layers of the Llama family run on our passes between their matrix products while a model is rounded.
 
 A decoder layer is taken where its modules have Llama's names (Llama, Mistral, Qwen2, SmolLM2, ..) *and* a probe gives
-what its own code gives: names do not say whether a norm adds one to its weight or a layer goes without rotary embedding.
+what its own code gives: names do not say whether a norm adds one to its weight or a layer goes without rotation.
 Whatever else a call brings (a mask, a cache, a batch) goes to the layer's own code. The linears are called as modules,
 so what stands in for them keeps working.
 """

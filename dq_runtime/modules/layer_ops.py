@@ -82,9 +82,7 @@ def gated(gate: Tensor, up: Tensor, ops: NativeLayers) -> Tensor:
     return out
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, cosine: Tensor, sine: Tensor, heads: Heads, ops: NativeLayers
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, cosine: Tensor, sine: Tensor, heads: Heads, ops: NativeLayers) -> Tensor:
     """See :meth:`NativeLayers.attention`; differentiable in q, k and v."""
     out: Tensor = Attention.apply(q, k, v, cosine, sine, heads, ops)  # type: ignore[no-untyped-call]
     return out

@@ -137,7 +137,7 @@ def make_1b(bits: int, folder: Path) -> None:
         **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM},
         **{"rms_norm_eps": EPS, "rope_theta": ROPE_THETA, "max_position_embeddings": CONTEXT},
         **{"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
-        "quantization_config": to_config(schemes, ["lm_head"], standard=True),
+        "quantization_config": to_config(schemes, ["lm_head"]),
     }
     write_json(folder / "config.json", config)
     write_weights(folder, tensors)

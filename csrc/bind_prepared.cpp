@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include <pybind11/stl.h>
+
 #include "bindings.h"
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
@@ -23,8 +25,8 @@ Prepared shape_of(int64_t n, int64_t k, int64_t group, int storage) {
     if (k % group != 0) {
         throw py::value_error("group " + std::to_string(group) + " does not divide K " + std::to_string(k));
     }
-    if (storage != 2 && storage != 3 && storage != 4 && storage != 8 && storage != kFloat) {
-        throw py::value_error("storage must be 2, 3, 4, 8 or 16, got " + std::to_string(storage));
+    if (storage != 2 && storage != 3 && storage != 4 && storage != 8 && storage != kFloat && storage != kTable) {
+        throw py::value_error("storage must be 2, 3, 4, 8, 16 or 20, got " + std::to_string(storage));
     }
     // One int32 sum a group: 2^31 / (255 * 127) columns.
     if (storage != kFloat && group > 66000) throw py::value_error("group must be at most 66000, got " + std::to_string(group));
@@ -40,13 +42,24 @@ Prepared shape_of(int64_t n, int64_t k, int64_t group, int storage) {
 }
 
 Prepared prepared(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t n, int64_t k, int64_t group, int storage,
-                  int middle, bool is_bf16) {
+                  int middle, bool is_bf16, const std::vector<float>& levels, const std::vector<int>& level_bytes,
+                  float level_step) {
     Prepared w = shape_of(n, k, group, storage);
     w.codes = address<const uint8_t>(codes, "codes_ptr", 64);
     if (storage != kFloat) w.scale = address<const uint16_t>(scale, "scale_ptr");
     w.zero = reinterpret_cast<const uint8_t*>(zero);
     w.middle = middle;
     w.is_bf16 = is_bf16;
+    const size_t count = storage == kTable ? 16 : 0;
+    if (levels.size() != count || level_bytes.size() != count || (count && zero != 0)) {
+        throw py::value_error("storage 20 takes 16 levels, their 16 bytes and no zero points; others take no levels");
+    }
+    for (size_t i = 0; i < count; ++i) {
+        if (level_bytes[i] < 0 || level_bytes[i] > 255) throw py::value_error("a level's byte must be 0 to 255");
+        w.levels.values[i] = levels[i];
+        w.levels.bytes[i] = static_cast<uint8_t>(level_bytes[i]);
+    }
+    w.levels.step = level_step;
     return w;
 }
 
@@ -65,14 +78,14 @@ void repack_packed(const Prepared& w, int64_t first, int64_t step, uintptr_t pac
                    int64_t n, int bits, int64_t group_size, int threads) {
     check_bits(bits);
     positive(group_size, "group_size");
-    if (w.storage == kFloat || bits > w.storage) {
+    if (w.storage == kFloat || bits > w.storage || (w.storage == kTable && bits != 4)) {
         throw py::value_error(std::to_string(bits) + " bits do not fit storage " + std::to_string(w.storage));
     }
     if (group_size % w.group != 0 || w.k % group_size != 0) {
         throw py::value_error("group_size " + std::to_string(group_size) + " must divide K " + std::to_string(w.k) +
                               " and be a multiple of the group " + std::to_string(w.group));
     }
-    if (w.zero == nullptr && (zero != 0 || w.middle != 1 << (bits - 1))) {
+    if (w.storage == kTable ? zero != 0 : w.zero == nullptr && (zero != 0 || w.middle != 1 << (bits - 1))) {
         throw py::value_error("these weights need zero points of their own");
     }
     const PackedSource source{address<const int32_t>(packed, "packed_ptr"), address<const uint16_t>(scale, "scale_ptr"),
@@ -146,7 +159,8 @@ void bind_prepared(py::module_& module) {
     using py::arg;
     py::class_<Prepared>(module, "Prepared", "One linear's weight in the kernels' order; see csrc/cpu/prepared.h.")
         .def(py::init(&prepared), arg("codes_ptr"), arg("scale_ptr"), arg("zero_ptr"), arg("N"), arg("K"), arg("group"),
-             arg("storage"), arg("middle"), arg("is_bf16"));
+             arg("storage"), arg("middle"), arg("is_bf16"), arg("levels") = std::vector<float>{},
+             arg("level_bytes") = std::vector<int>{}, arg("level_step") = 1.0f);
     module.def("storage_of", &storage_of, arg("bits"), arg("group"),
                "2, 3, 4 or 8: what stores such codes in the fewest bytes.");
     module.def(

@@ -16,8 +16,9 @@ namespace py = pybind11;
 using namespace dq::binding;
 
 dq::Weight weight(uintptr_t packed, uintptr_t scale, bool scale_is_bf16, uintptr_t zero, int64_t n, int64_t k, int bits,
-                  int64_t group_size) {
+                  int64_t group_size, uintptr_t levels) {
     check_bits(bits);
+    if (levels != 0 && bits != 4) throw py::value_error("a table of levels has 16, so codes of 4 bits");
     positive(n, "N");
     positive(k, "K");
     positive(group_size, "group_size");
@@ -31,12 +32,13 @@ dq::Weight weight(uintptr_t packed, uintptr_t scale, bool scale_is_bf16, uintptr
             n,
             k,
             bits,
-            group_size};
+            group_size,
+            reinterpret_cast<const float*>(levels)};  // 0: evenly spaced
 }
 
 void qmm(uintptr_t x_ptr, int64_t m, uintptr_t packed_ptr, uintptr_t scale_ptr, bool scale_is_bf16, uintptr_t zero_ptr,
-         int64_t n, int64_t k, int bits, int64_t group_size, uintptr_t y_ptr, int threads) {
-    const dq::Weight w = weight(packed_ptr, scale_ptr, scale_is_bf16, zero_ptr, n, k, bits, group_size);
+         int64_t n, int64_t k, int bits, int64_t group_size, uintptr_t y_ptr, int threads, uintptr_t levels_ptr) {
+    const dq::Weight w = weight(packed_ptr, scale_ptr, scale_is_bf16, zero_ptr, n, k, bits, group_size, levels_ptr);
     positive(m, "M");
     const float* x = address<const float>(x_ptr, "x_ptr");
     float* y = address<float>(y_ptr, "y_ptr");
@@ -47,11 +49,12 @@ void qmm(uintptr_t x_ptr, int64_t m, uintptr_t packed_ptr, uintptr_t scale_ptr, 
 }
 
 void dequantize(uintptr_t packed_ptr, uintptr_t scale_ptr, bool scale_is_bf16, uintptr_t zero_ptr, int64_t row_start,
-                int64_t row_stop, int64_t k, int bits, int64_t group_size, uintptr_t out_ptr, int threads) {
+                int64_t row_stop, int64_t k, int bits, int64_t group_size, uintptr_t out_ptr, int threads,
+                uintptr_t levels_ptr) {
     if (row_start < 0 || row_stop <= row_start) {
         throw py::value_error("rows " + std::to_string(row_start) + ":" + std::to_string(row_stop) + " are no range");
     }
-    const dq::Weight w = weight(packed_ptr, scale_ptr, scale_is_bf16, zero_ptr, row_stop, k, bits, group_size);
+    const dq::Weight w = weight(packed_ptr, scale_ptr, scale_is_bf16, zero_ptr, row_stop, k, bits, group_size, levels_ptr);
     float* out = address<float>(out_ptr, "out_ptr");
     const int64_t rows = row_stop - row_start;
     py::gil_scoped_release release;
@@ -118,11 +121,13 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels on raw addresses. Use dq_runtime.backends, which checks tensors before they come here.";
     module.def("qmm", &qmm, arg("x_ptr"), arg("M"), arg("packed_ptr"), arg("scale_ptr"), arg("scale_is_bf16"),
                arg("zero_ptr"), arg("N"), arg("K"), arg("bits"), arg("group_size"), arg("y_ptr"), arg("threads"),
+               arg("levels_ptr") = 0,
                "y float32 [M, N] = x float32 [M, K] @ (scale * (code - zero)).T; packed int32 [N, ceil(K*bits/32)], "
-               "scale [N, K/group_size], zero uint8 [N, K/group_size] or 0 for 2^(bits-1). Same y for any `threads`.");
+               "scale [N, K/group_size], zero uint8 [N, K/group_size] or 0 for 2^(bits-1). With levels_ptr, float32 [16], "
+               "the value is scale * levels[code]. Same y for any `threads`.");
     module.def("dequantize", &dequantize, arg("packed_ptr"), arg("scale_ptr"), arg("scale_is_bf16"), arg("zero_ptr"),
                arg("row_start"), arg("row_stop"), arg("K"), arg("bits"), arg("group_size"), arg("out_ptr"),
-               arg("threads"),
+               arg("threads"), arg("levels_ptr") = 0,
                "out float32 [row_stop - row_start, K] = scale * (code - zero) of those rows; the other pointers are to "
                "row 0.");
     module.def("pack", &pack, arg("codes_ptr"), arg("N"), arg("K"), arg("bits"), arg("out_ptr"),

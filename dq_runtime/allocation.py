@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.grids import GRIDS
+from dq_runtime.levels import SCALE_BITS
 from dq_runtime.modules.kl import kl_per_token
 from dq_runtime.modules.surgery import weight_of
 from dq_runtime.packing.host import words_per_row
@@ -67,7 +68,7 @@ def stored_bits(n: int, k: int, grid: GridSpec) -> int:
     """Bits that a packed weight [N, K] takes on disk with its scales and zero points."""
     groups = grid.groups(k)
     zeros = 0 if grid.symmetric else 32 * words_per_row(n, grid.bits) * groups
-    return 32 * words_per_row(k, grid.bits) * n + 16 * n * groups + zeros
+    return 32 * words_per_row(k, grid.bits) * n + SCALE_BITS.get(grid.name, 16) * n * groups + zeros
 
 
 class Planner:

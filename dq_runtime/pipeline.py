@@ -28,6 +28,7 @@ from dq_runtime.evaluate.metrics import Quality, compare
 from dq_runtime.evaluate.report import Report, held_out_section, model_card, write_report
 from dq_runtime.grids import GRIDS
 from dq_runtime.interrupt import interruptible
+from dq_runtime.levels import INT
 from dq_runtime.modules.basis_change import BasisChange
 from dq_runtime.modules.blocks import ModelBlocks
 from dq_runtime.modules.fisher import kronecker_fisher
@@ -137,6 +138,12 @@ def quantize(
     transform: Transform = TRANSFORMS.get(spec.transform)(spec.transform_options)
     needs_text = rounding.needs != Needs.WEIGHTS or TransformNeeds.OBJECTIVE in transform.needs or bool(spec.target)
     GRIDS.get(spec.grid.name)
+    if spec.grid.name != INT and not rounding.any_grid:
+        able = ", ".join(name for name in ROUNDINGS if ROUNDINGS.get(name).any_grid)
+        raise SpecError(
+            f"rounding {spec.rounding.name!r} works on evenly spaced levels, which grid {spec.grid.name} has not; use "
+            f"one of {able}"
+        )
     device = resolve_device(device)
     request = Request(
         model=model,

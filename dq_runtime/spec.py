@@ -9,11 +9,18 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from dq_runtime.errors import SpecError
+from dq_runtime.levels import GROUP_SIZE, INT, LEVELS, TABLE_BITS
 
 PER_ROW = -1
 GROUP_SIZES = (16, 32, 64, 128, PER_ROW)
 SCALE_RULES = ("absmax", "mse")
 SCALE_DTYPES = ("bfloat16", "float16")
+# Integer grids by the names of the formats that hold them exactly: what a block of ggml stores (gguf_blocks.py).
+ALIASES: dict[str, dict[str, Any]] = {
+    "gguf:q4_0": {"name": INT, "bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": "float16"},
+    "gguf:q8_0": {"name": INT, "bits": 8, "group_size": 32, "symmetric": True, "scale_dtype": "float16"},
+}
+GRID_NAMES = (INT, *ALIASES, *LEVELS)
 
 
 def _checked(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,8 +40,9 @@ def _checked(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
 class GridSpec:
     """Which values a weight may take.
 
-    ``group_size`` weights along in_features share a scale (-1: a whole row does). ``scale_dtype`` is the dtype
-    the scales are stored and served in, so the grid is fitted with scales already rounded to it.
+    ``name`` is int, or a table (nf4, fp4, mxfp4, nvfp4: levels.py), which has 4 bits, no zero points and, in the last
+    two, a group size of its own. ``group_size`` weights along in_features share a scale (-1: a whole row does).
+    ``scale_dtype`` is the dtype the scales are served in, so the grid is fitted with scales already rounded to it.
     """
 
     name: str = "int"
@@ -55,6 +63,40 @@ class GridSpec:
             raise SpecError(f"scale must be one of {', '.join(SCALE_RULES)}, got {self.scale!r}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise SpecError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
+        if self.name in LEVELS:
+            self._check_table()
+
+    def _check_table(self) -> None:
+        own = GROUP_SIZE.get(self.name)
+        if self.bits != TABLE_BITS or not self.symmetric:
+            raise SpecError(
+                f"grid {self.name} has {TABLE_BITS} bits and no zero points, got {self.bits} bits"
+                f"{'' if self.symmetric else ' with zero points'}"
+            )
+        if own is not None and (self.group_size != own or self.scale_dtype != "bfloat16"):
+            raise SpecError(
+                f"grid {self.name} has groups of {own} and scales that bfloat16 alone holds, got group size "
+                f"{self.group_size} and {self.scale_dtype}"
+            )
+
+    @classmethod
+    def named(cls, name: str, **given: Any) -> GridSpec:
+        """A grid by a name of :data:`GRID_NAMES`, with what is ``given`` (None: not given) besides; :class:`SpecError`
+        where the name means another value already."""
+        if name not in GRID_NAMES:
+            raise SpecError(f"unknown grid {name!r}; known: {', '.join(GRID_NAMES)}")
+        fixed = ALIASES.get(name)
+        if fixed is None:
+            fixed = {"name": name}
+            if name in LEVELS:
+                fixed |= {"bits": TABLE_BITS, "symmetric": True}
+            if name in GROUP_SIZE:
+                fixed |= {"group_size": GROUP_SIZE[name], "scale_dtype": "bfloat16"}
+        stated = {key: value for key, value in given.items() if value is not None}
+        for key, value in fixed.items():
+            if stated.get(key, value) != value:
+                raise SpecError(f"grid {name} means {key} {value}, got {stated[key]}; leave it out")
+        return cls(**stated | fixed)
 
     def groups(self, k: int) -> int:
         """Number of scales per row of K = ``k`` weights; raises where the last group would be ragged."""

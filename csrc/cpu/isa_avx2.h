@@ -50,7 +50,7 @@ struct Isa {
         const Quad v0 = load_quad(p);
         if constexpr (Storage == 8) {
             q[0] = v0;
-        } else if constexpr (Storage == 4) {
+        } else if constexpr (Storage == 4 || Storage == kTable) {
             const __m256i mask = _mm256_set1_epi8(15);
             q[0] = shifted<0>(v0, mask);
             q[1] = shifted<4>(v0, mask);
@@ -96,7 +96,7 @@ struct Isa {
         int32_t bytes;
         std::memcpy(&bytes, x, 4);
         const __m256i four = _mm256_set1_epi32(bytes);
-        if constexpr (Storage == 8) {
+        if constexpr (Storage == 8 || Storage == kTable) {
             const __m256i mask = _mm256_set1_epi8(15);
             const Quad low = shifted<0>(q, mask), high = shifted<4>(q, mask);
             s.low_a = _mm256_add_epi16(s.low_a, _mm256_maddubs_epi16(low.a, four));
@@ -114,7 +114,7 @@ struct Isa {
         s.a = _mm256_add_epi32(s.a, _mm256_madd_epi16(s.low_a, ones));
         s.b = _mm256_add_epi32(s.b, _mm256_madd_epi16(s.low_b, ones));
         s.low_a = s.low_b = none;
-        if constexpr (Storage == 8) {
+        if constexpr (Storage == 8 || Storage == kTable) {
             s.a = _mm256_add_epi32(s.a, _mm256_madd_epi16(s.high_a, sixteens));
             s.b = _mm256_add_epi32(s.b, _mm256_madd_epi16(s.high_b, sixteens));
             s.high_a = s.high_b = none;
@@ -134,6 +134,23 @@ struct Isa {
     template <int J>
     static DQ_INLINE Floats value(Quad q, Ints zero) {
         return {value_half<J>(q.a, zero.a), value_half<J>(q.b, zero.b)};
+    }
+
+    static DQ_INLINE Quad look_up(Quad q, const uint8_t* bytes) {
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+        return {_mm256_shuffle_epi8(table, q.a), _mm256_shuffle_epi8(table, q.b)};
+    }
+    // Only the low 3 bits of a lane choose; bit 3 is brought to where the blend looks.
+    template <int J>
+    static DQ_INLINE __m256 level_half(__m256i q, const float* values) {
+        const __m256i code = _mm256_srli_epi32(q, 8 * J);
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), code);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values + 8), code);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    }
+    template <int J>
+    static DQ_INLINE Floats level(Quad q, const float* values) {
+        return {level_half<J>(q.a, values), level_half<J>(q.b, values)};
     }
 
     static DQ_INLINE Floats load16(const uint16_t* p, bool is_bf16) {

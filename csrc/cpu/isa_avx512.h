@@ -32,7 +32,7 @@ struct Isa {
         const __m512i v0 = _mm512_load_si512(p);
         if constexpr (Storage == 8) {
             q[0] = v0;
-        } else if constexpr (Storage == 4) {
+        } else if constexpr (Storage == 4 || Storage == kTable) {
             const __m512i mask = _mm512_set1_epi8(15);
             q[0] = _mm512_and_si512(v0, mask);
             q[1] = _mm512_and_si512(_mm512_srli_epi16(v0, 4), mask);
@@ -91,6 +91,17 @@ struct Isa {
         const __m512i shifted = J == 3 ? _mm512_srli_epi32(q, 24)
                                        : _mm512_and_si512(_mm512_srli_epi32(q, 8 * J), _mm512_set1_epi32(255));
         return _mm512_cvtepi32_ps(_mm512_sub_epi32(shifted, zero));
+    }
+
+    // Bytes of codes below 16 -> the bytes at those places.
+    static DQ_INLINE Quad look_up(Quad q, const uint8_t* bytes) {
+        const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), q);
+    }
+    // Level of code j of every row: only the low 4 bits of a lane count.
+    template <int J>
+    static DQ_INLINE Floats level(Quad q, const float* values) {
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(q, 8 * J), _mm512_loadu_ps(values));
     }
 
     static DQ_INLINE Floats load16(const uint16_t* p, bool is_bf16) {

@@ -24,6 +24,8 @@ struct Isa {
         float32x4_t part[4];
     };
     template <int Storage>
+    static constexpr bool kBytes = Storage == 8 || Storage == kTable;  // codes that fill a byte
+    template <int Storage>
     struct Sums {
         Ints v;
         int32x4_t flipped;  // 8 bits only: 128 * (sum of the activations met), per lane the same
@@ -42,7 +44,7 @@ struct Isa {
             const uint8x16_t v0 = vld1q_u8(p + 16 * i);
             if constexpr (Storage == 8) {
                 q[0].part[i] = v0;
-            } else if constexpr (Storage == 4) {
+            } else if constexpr (Storage == 4 || Storage == kTable) {
                 q[0].part[i] = vandq_u8(v0, vdupq_n_u8(15));
                 q[1].part[i] = vshrq_n_u8(v0, 4);
             } else if constexpr (Storage == 2) {
@@ -95,11 +97,11 @@ struct Isa {
         std::memcpy(&bytes, x, 4);
         const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
         for (int i = 0; i < 4; ++i) {
-            const uint8x16_t code = Storage == 8 ? veorq_u8(q.part[i], vdupq_n_u8(128)) : q.part[i];
+            const uint8x16_t code = kBytes<Storage> ? veorq_u8(q.part[i], vdupq_n_u8(128)) : q.part[i];
             sums.v.part[i] = vdotq_s32(sums.v.part[i], vreinterpretq_s8_u8(code), four);
         }
         // (code - 128) * x summed lacks 128 * sum(x): 2 * 64 * sum(x), since 128 itself is no signed byte.
-        if constexpr (Storage == 8) sums.flipped = vdotq_s32(sums.flipped, vdupq_n_s8(64), four);
+        if constexpr (kBytes<Storage>) sums.flipped = vdotq_s32(sums.flipped, vdupq_n_s8(64), four);
     }
     template <int Storage>
     static DQ_INLINE void flush(Sums<Storage>&) {}
@@ -108,7 +110,7 @@ struct Isa {
         Floats out;
         for (int i = 0; i < 4; ++i) {
             int32x4_t total = sums.v.part[i];
-            if constexpr (Storage == 8) total = vaddq_s32(total, vaddq_s32(sums.flipped, sums.flipped));
+            if constexpr (kBytes<Storage>) total = vaddq_s32(total, vaddq_s32(sums.flipped, sums.flipped));
             out.part[i] = vcvtq_f32_s32(total);
         }
         return out;
@@ -121,6 +123,27 @@ struct Isa {
             const uint32x4_t lane = vreinterpretq_u32_u8(q.part[i]);
             const uint32x4_t code = vandq_u32(vshlq_u32(lane, vdupq_n_s32(-8 * J)), vdupq_n_u32(255));
             out.part[i] = vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(code), zero.part[i]));
+        }
+        return out;
+    }
+
+    static DQ_INLINE Quad look_up(Quad q, const uint8_t* bytes) {
+        const uint8x16_t table = vld1q_u8(bytes);
+        for (int i = 0; i < 4; ++i) q.part[i] = vqtbl1q_u8(table, q.part[i]);
+        return q;
+    }
+    // No lookup of floats: the four bytes of one are those at 4 * code .. 4 * code + 3 of the table's 64.
+    template <int J>
+    static DQ_INLINE Floats level(Quad q, const float* values) {
+        const uint8_t* bytes = reinterpret_cast<const uint8_t*>(values);
+        const uint8x16x4_t table = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+        const uint32x4_t within = vdupq_n_u32(0x03020100);
+        Floats out;
+        for (int i = 0; i < 4; ++i) {
+            const uint32x4_t lane = vshlq_u32(vreinterpretq_u32_u8(q.part[i]), vdupq_n_s32(-8 * J));
+            const uint32x4_t code = vandq_u32(lane, vdupq_n_u32(15));
+            const uint32x4_t at = vaddq_u32(vmulq_n_u32(code, 0x04040404), within);
+            out.part[i] = vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(at)));
         }
         return out;
     }

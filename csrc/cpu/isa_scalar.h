@@ -38,7 +38,7 @@ struct Isa {
             const int v0 = p[i];
             if constexpr (Storage == 8) {
                 q[0].code[i] = p[i];
-            } else if constexpr (Storage == 4) {
+            } else if constexpr (Storage == 4 || Storage == kTable) {
                 q[0].code[i] = v0 & 15;
                 q[1].code[i] = static_cast<uint8_t>(v0 >> 4);
             } else if constexpr (Storage == 2) {
@@ -93,6 +93,18 @@ struct Isa {
     static Floats value(const Quad& q, const Ints& zero) {
         Floats out;
         for (int r = 0; r < kRows; ++r) out.row[r] = static_cast<float>(q.code[4 * r + J] - zero.row[r]);
+        return out;
+    }
+
+    static Quad look_up(const Quad& q, const uint8_t* bytes) {
+        Quad out;
+        for (int i = 0; i < 4 * kRows; ++i) out.code[i] = bytes[q.code[i]];
+        return out;
+    }
+    template <int J>
+    static Floats level(const Quad& q, const float* values) {
+        Floats out;
+        for (int r = 0; r < kRows; ++r) out.row[r] = values[q.code[4 * r + J]];
         return out;
     }
 

@@ -20,6 +20,13 @@ DQ_INLINE void add_scaled(const Prepared& w, int64_t block, int64_t g, const Isa
     }
 }
 
+// What column J of every row of a quad counts, without the scale.
+template <int Storage, int J>
+DQ_INLINE Isa::Floats count_of(const Prepared& w, const Isa::Quad& q, const Isa::Ints& zero) {
+    if constexpr (Storage == kTable) return Isa::template level<J>(q, w.levels.values);
+    else return Isa::template value<J>(q, zero);
+}
+
 // Products of B blocks with M tokens: a group's products are added column by column, then their sum times the
 // scale, as tile_exact does it.
 template <int Storage, int M, int B>
@@ -63,10 +70,10 @@ DQ_INLINE void blocks_exact(const Prepared& w, const Activations& a, int64_t blo
                 for (int i = 0; i < kQuads; ++i) {
                     for (int b = 0; b < B; ++b) {
                         const Isa::Quad& q = quads[b][i];
-                        add(b, 4 * i, Isa::template value<0>(q, zero[b]));
-                        add(b, 4 * i + 1, Isa::template value<1>(q, zero[b]));
-                        add(b, 4 * i + 2, Isa::template value<2>(q, zero[b]));
-                        add(b, 4 * i + 3, Isa::template value<3>(q, zero[b]));
+                        add(b, 4 * i, count_of<Storage, 0>(w, q, zero[b]));
+                        add(b, 4 * i + 1, count_of<Storage, 1>(w, q, zero[b]));
+                        add(b, 4 * i + 2, count_of<Storage, 2>(w, q, zero[b]));
+                        add(b, 4 * i + 3, count_of<Storage, 3>(w, q, zero[b]));
                     }
                 }
                 for (int m = 0; m < M; ++m) x[m] += 4 * kQuads;
@@ -95,10 +102,10 @@ void decode_block(const Prepared& w, int64_t block, float* to) {
                 Isa::Quad quads[kQuads];
                 Isa::template unpack<Storage>(codes, quads);
                 for (int i = 0; i < kQuads; ++i, to += 4 * kRows) {
-                    Isa::store_floats(to, Isa::template value<0>(quads[i], zero));
-                    Isa::store_floats(to + kRows, Isa::template value<1>(quads[i], zero));
-                    Isa::store_floats(to + 2 * kRows, Isa::template value<2>(quads[i], zero));
-                    Isa::store_floats(to + 3 * kRows, Isa::template value<3>(quads[i], zero));
+                    Isa::store_floats(to, count_of<Storage, 0>(w, quads[i], zero));
+                    Isa::store_floats(to + kRows, count_of<Storage, 1>(w, quads[i], zero));
+                    Isa::store_floats(to + 2 * kRows, count_of<Storage, 2>(w, quads[i], zero));
+                    Isa::store_floats(to + 3 * kRows, count_of<Storage, 3>(w, quads[i], zero));
                 }
             }
         }

@@ -50,6 +50,22 @@ DQ_INLINE Isa::Ints first_sum(const Prepared& w, int64_t scale_at, int32_t sum) 
     return w.zero ? Isa::zero_times(w.zero + scale_at, -sum) : Isa::splat_int(-w.middle * sum);
 }
 
+// Codes just unpacked to the unsigned bytes that the integer products take: themselves, or their levels'.
+template <int Storage>
+DQ_INLINE void look_up(const Prepared& w, Isa::Quad* quads) {
+    if constexpr (Storage == kTable) {
+        for (int i = 0; i < quads_per_unit(kTable); ++i) quads[i] = Isa::look_up(quads[i], w.levels.bytes);
+    }
+}
+
+// Scales of a group of a block, as the integer products want them.
+template <int Storage>
+DQ_INLINE Isa::Floats group_scale(const Prepared& w, int64_t scale_at) {
+    const Isa::Floats scale = Isa::load16(w.scale + scale_at, w.is_bf16);
+    if constexpr (Storage == kTable) return Isa::mul(scale, Isa::splat_float(w.levels.step));
+    return scale;
+}
+
 template <int M>
 DQ_INLINE int count_fine(const Activations& a, int64_t token, int64_t g) {
     int fine = 0;
@@ -82,6 +98,7 @@ DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, con
             for (int line = 0; line < unit_bytes(Storage); line += 64) Isa::prefetch(codes + kPrefetch + line);
         }
         Isa::template unpack<Storage>(codes, quads);
+        look_up<Storage>(w, quads);
         codes += unit_bytes(Storage);
         for (int i = 0; i < kQuads; ++i, at += 4) {
             for (int m = 0; m < M; ++m) {
@@ -131,7 +148,7 @@ DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block
         }
         codes = together ? group_int8<Storage, M, true>(w, codes, x, to_low, sums, low)
                          : group_int8<Storage, M, false>(w, codes, x, to_low, sums, low);
-        const Isa::Floats scale = Isa::load16(w.scale + scale_at, w.is_bf16);
+        const Isa::Floats scale = group_scale<Storage>(w, scale_at);
         add_group<Storage, M>(sums, scale, a, token, g, 1.0f, out);
         if (together) {
             add_group<Storage, M>(low, scale, a, token, g, 1.0f / 256.0f, out);
@@ -210,6 +227,7 @@ void unpack_block(const Prepared& w, int64_t block, uint8_t* to) {
     for (int64_t u = w.columns() / (4 * kQuads); u > 0; --u, codes += unit_bytes(Storage)) {
         Isa::Quad quads[kQuads];
         Isa::template unpack<Storage>(codes, quads);
+        look_up<Storage>(w, quads);
         for (int i = 0; i < kQuads; ++i, to += 64) Isa::store_quad(to, quads[i]);
     }
 }
@@ -249,7 +267,7 @@ DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block,
                 }
             }
             for (int b = 0; b < B; ++b) {
-                const Isa::Floats scale = Isa::load16(w.scale + ((block + b) * w.groups + g) * kRows, w.is_bf16);
+                const Isa::Floats scale = group_scale<Storage>(w, ((block + b) * w.groups + g) * kRows);
                 add_group<Storage, M>(sums[b], scale, a, token, g, part ? 1.0f / 256.0f : 1.0f, out[b]);
             }
         }
@@ -308,6 +326,7 @@ void matmul_int8(const Prepared& w, const Activations& a, const Output& out, con
         case 2: return matmul_of<2, false>(w, a, out, tile);
         case 3: return matmul_of<3, false>(w, a, out, tile);
         case 4: return matmul_of<4, false>(w, a, out, tile);
+        case kTable: return matmul_of<kTable, false>(w, a, out, tile);
         default: return matmul_of<8, false>(w, a, out, tile);
     }
 }
@@ -317,6 +336,7 @@ void matmul_exact(const Prepared& w, const Activations& a, const Output& out, co
         case 2: return matmul_of<2, true>(w, a, out, tile);
         case 3: return matmul_of<3, true>(w, a, out, tile);
         case 4: return matmul_of<4, true>(w, a, out, tile);
+        case kTable: return matmul_of<kTable, true>(w, a, out, tile);
         case 8: return matmul_of<8, true>(w, a, out, tile);
         default: return matmul_of<kFloat, true>(w, a, out, tile);
     }

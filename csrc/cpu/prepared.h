@@ -6,7 +6,7 @@
 // stored unit of 64-byte vectors V0, V1, ...; byte i of each belongs to byte i of the quads q0, q1, ...:
 //
 //   8 bits  1 quad,  4 columns, 1 vector    V0 = q0
-//   4 bits  2 quads, 8 columns, 1 vector    V0 = q0 | q1 << 4
+//   4 bits  2 quads, 8 columns, 1 vector    V0 = q0 | q1 << 4 (kTable too)
 //   2 bits  4 quads, 16 columns, 1 vector   V0 = q0 | q1 << 2 | q2 << 4 | q3 << 6
 //   3 bits  8 quads, 32 columns, 3 vectors  V0 = q0 | q1 << 3 | (q6 & 3) << 6
 //                                           V1 = q2 | q3 << 3 | (q7 & 3) << 6
@@ -26,9 +26,20 @@ namespace dq {
 
 constexpr int kRows = 16;   // rows of a block
 constexpr int kFloat = 16;  // `storage` of unquantized weights
+constexpr int kTable = 20;  // of codes of 4 bits that are places in a table of levels
 
-constexpr int quads_per_unit(int storage) { return storage == 8 ? 1 : storage == 4 ? 2 : storage == 2 ? 4 : 8; }
+constexpr int quads_per_unit(int storage) {
+    return storage == 8 ? 1 : storage == 4 || storage == kTable ? 2 : storage == 2 ? 4 : 8;
+}
 constexpr int unit_bytes(int storage) { return storage == 3 ? 192 : 64; }
+
+// kTable: level i is values[i], and where activations are integers step * (bytes[i] - middle). That is the same for the
+// 4-bit float e2m1, whose levels are multiples of 0.5, and within half a step, 1/254 of the largest level, for others.
+struct Levels {
+    float values[16];
+    uint8_t bytes[16];
+    float step;
+};
 
 struct Prepared {
     const uint8_t* codes;
@@ -36,9 +47,10 @@ struct Prepared {
     const uint8_t* zero;    // nullptr: every zero point is `middle`
     int64_t n, k;           // out_features (the last block is padded with zero scales), in_features = groups * group
     int64_t groups, group, padded;
-    int storage;  // 2, 3, 4, 8 or kFloat
+    int storage;  // 2, 3, 4, 8, kFloat or kTable
     int middle;
     bool is_bf16;  // the scales, or the weights of kFloat; else float16
+    Levels levels;  // of kTable; it has no zero points, and `middle` is that of `bytes`
 
     int64_t blocks() const { return (n + kRows - 1) / kRows; }
     int64_t columns() const { return groups * padded; }

@@ -56,6 +56,10 @@ void decode(const Weight& w, int64_t row, int64_t k0, int64_t count, float* __re
         const float scale = scale_at(w, group);
         const int zero = w.zero ? w.zero[group] : 1 << (Bits - 1);
         const int64_t stop = end < count ? end : count;
+        if (w.levels != nullptr) {
+            for (; i < stop; ++i) out[i] = w.levels[codes[i] & 15] * scale;
+            continue;
+        }
         for (; i + 16 <= stop; i += 16) {  // groups are nearly always multiples of 16; a fixed count vectorises whole
             for (int j = 0; j < 16; ++j) out[i + j] = static_cast<float>(codes[i + j] - zero) * scale;
         }

@@ -14,6 +14,7 @@ struct Weight {
     int64_t n, k;            // out_features, in_features
     int bits;                // 2 .. 8
     int64_t group_size;      // divides k
+    const float* levels;     // [16], bits == 4: the value is scale * levels[code] instead; or nullptr
 };
 
 namespace scalar {

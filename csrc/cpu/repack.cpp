@@ -59,6 +59,7 @@ void pack_block(const Prepared& w, const uint8_t* rows, uint8_t* out) {
             case 2: pack_unit<2>(rows + c, stride, out); break;
             case 3: pack_unit<3>(rows + c, stride, out); break;
             case 4: pack_unit<4>(rows + c, stride, out); break;
+            case kTable: pack_unit<4>(rows + c, stride, out); break;
             default: pack_unit<8>(rows + c, stride, out); break;
         }
     }

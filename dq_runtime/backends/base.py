@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dq_runtime.levels import INT
 from dq_runtime.packing import PackedWeight
 
 
@@ -26,6 +27,7 @@ class Call:
     symmetric: bool
     x_dtype: torch.dtype
     scale_dtype: torch.dtype
+    form: str = INT
 
     @classmethod
     def qmm(cls, x: Tensor, w: PackedWeight) -> Call:
@@ -41,6 +43,7 @@ class Call:
             w.zero is None,
             x.dtype,
             w.scale.dtype,
+            w.form,
         )
 
 
@@ -59,6 +62,7 @@ class PreparedWeight:
     group_size: int
     symmetric: bool
     x_dtype: torch.dtype
+    form: str = INT
 
     @property
     def nbytes(self) -> int:

@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 
 from dq_runtime.backends.base import Call, PreparedWeight
-from dq_runtime.backends.cpu_prepared import Arena, NativeWeight, Part, activation_group, plan, prepare, qmm_prepared
+from dq_runtime.backends.cpu_prepared import (
+    TABLE,
+    Arena,
+    NativeWeight,
+    Part,
+    activation_group,
+    levels_of,
+    plan,
+    prepare,
+    qmm_prepared,
+    table_arguments,
+)
 from dq_runtime.errors import BackendError
+from dq_runtime.levels import INT, LEVELS
 from dq_runtime.packing import HostTensor, PackedWeight, words_per_row
 from dq_runtime.packing.bridge import host_weight_of, tensor_of
 
@@ -85,16 +97,18 @@ class CpuNative:
         is_bf16 = scale.dtype == torch.bfloat16
         zero_ptr = 0 if zero is None else zero.data_ptr()
         weight = (packed.data_ptr(), scale.data_ptr(), is_bf16, zero_ptr)
+        levels = None if w.form == INT else torch.tensor(LEVELS[w.form])
+        at = 0 if levels is None else levels.data_ptr()
         if m == 0 or n == 0:
             pass
         elif m <= FUSED_TOKENS:
-            _native.qmm(x32.data_ptr(), m, *weight, n, w.k, w.bits, w.group_size, y.data_ptr(), threads)
+            _native.qmm(x32.data_ptr(), m, *weight, n, w.k, w.bits, w.group_size, y.data_ptr(), threads, at)
         else:
             rows = min(n, max(1, TILE_WEIGHTS // w.k))
             tile = self._tile(rows * w.k)
             for start in range(0, n, rows):
                 stop = min(start + rows, n)
-                _native.dequantize(*weight, start, stop, w.k, w.bits, w.group_size, tile.data_ptr(), threads)
+                _native.dequantize(*weight, start, stop, w.k, w.bits, w.group_size, tile.data_ptr(), threads, at)
                 values = tile[: (stop - start) * w.k].view(stop - start, w.k)
                 torch.mm(x32, values.t(), out=y[:, start:stop])
         return y.to(x.dtype)
@@ -108,7 +122,7 @@ class CpuNative:
         codes, scale, *zero = prepare(layout, Arena(layout.nbytes), torch.get_num_threads()).arrays
         scales = tensor_of(HostTensor(scale, str(w.scale.dtype).removeprefix("torch.")))
         tensors = (torch.from_numpy(codes), scales, *map(torch.from_numpy, zero))
-        return PreparedWeight(self.name, tensors, w.n, w.k, w.bits, w.group_size, w.zero is None, x_dtype)
+        return PreparedWeight(self.name, tensors, w.n, w.k, w.bits, w.group_size, w.zero is None, x_dtype, w.form)
 
     def qmm_prepared(self, x: Tensor, w: PreparedWeight) -> Tensor:
         """As :meth:`qmm`; |error| <= K eps sum |x| |w|, whatever the number of threads."""
@@ -164,6 +178,7 @@ def _weight(w: PreparedWeight) -> NativeWeight:
     """What the kernels take, over the tensors that :meth:`CpuNative.prepare` made."""
     codes, scale, *zero = w.tensors
     group = activation_group(w.group_size)
+    levels = None if w.form == INT else levels_of(w.form)
     handle = _native.Prepared(
         codes.data_ptr(),
         scale.data_ptr(),
@@ -171,9 +186,10 @@ def _weight(w: PreparedWeight) -> NativeWeight:
         w.n,
         w.k,
         group,
-        _native.storage_of(w.bits, group),
-        2 ** (w.bits - 1),
+        _native.storage_of(w.bits, group) if levels is None else TABLE,
+        2 ** (w.bits - 1) if levels is None else levels.middle,
         scale.dtype == torch.bfloat16,
+        *table_arguments(levels),
     )
     return NativeWeight(handle, (), w.n, w.k)  # the caller's tensors outlive the call
 

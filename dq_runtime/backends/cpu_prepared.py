@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dq_runtime.errors import BackendError
+from dq_runtime.levels import INT, LEVELS
 from dq_runtime.packing import HostTensor, HostWeight
 
 BLOCK = 16  # rows of a block, csrc/cpu/prepared.h
 FLOAT = 16  # the storage of unquantized 16-bit weights
+TABLE = 20  # of codes that are places in a table
 MOST_ACTIVATIONS = 128  # int8 activations share a scale over at most this many columns
 ALIGNMENT = 64
 HUGE_PAGE = 2**21
@@ -51,6 +53,27 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """A table as the kernels take it: ``values`` at scale 1, and ``step * (bytes - middle)`` where activations are
+    integers. The same thing for e2m1, whose levels are multiples of 0.5; for nf4 within 0.4% of its largest."""
+
+    values: tuple[float, ...]
+    bytes: tuple[int, ...]
+    middle: int
+    step: float
+
+
+def levels_of(form: str) -> Levels:
+    """The :class:`Levels` of a table of :mod:`dq_runtime.levels`."""
+    values = LEVELS[form]
+    if all((2 * v).is_integer() for v in values):
+        step, middle = 0.5, int(2 * max(values))  # the smallest bytes: 0 .. 24
+    else:
+        step, middle = max(abs(v) for v in values) / 127, 128
+    return Levels(values, tuple(middle + round(v / step) for v in values), middle, step)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How some parts are stored together: sizes in bytes (``codes``) and elements (``scales``; as many zero points
     where ``zeros``). ``group`` columns share a scale, and an int8 activation scale."""
@@ -65,6 +88,7 @@ class Plan:
     is_bf16: bool
     codes: int
     scales: int
+    levels: Levels | None = None
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +161,15 @@ def plan(parts: Sequence[Part], n: int, exact: bool) -> Plan:
     dtypes = {w.scale.dtype for w in packed}
     if len(dtypes) > 1:
         raise BackendError(f"the CPU kernels need scales of one dtype, got {sorted(dtypes)}")
+    forms = {w.form for w in packed}
+    if len(forms) > 1:
+        raise BackendError(f"the CPU kernels join weights of one form, got {sorted(forms)}")
+    (form,) = forms
+    if form != INT:
+        levels = levels_of(form)
+        codes, scales = native().prepared_sizes(n, k, group, TABLE)
+        bf16 = dtypes == {"bfloat16"}
+        return Plan(tuple(parts), n, k, group, TABLE, levels.middle, False, bf16, codes, scales, levels)
     bits = max(w.bits for w in packed)
     middle = 2 ** (bits - 1)
     zeros = any(w.zero is not None or w.bits != bits for w in packed)
@@ -188,6 +221,7 @@ def prepare(plan: Plan, arena: Arena, threads: int, release: Callable[[], None] 
         plan.storage,
         plan.middle,
         plan.is_bf16,
+        *table_arguments(plan.levels),
     )
     for part in plan.parts:
         rows = max(1, PIECE // (part.weight_bytes // part.n) // BLOCK) * BLOCK
@@ -196,6 +230,11 @@ def prepare(plan: Plan, arena: Arena, threads: int, release: Callable[[], None] 
                 release()
             _repack(handle, part, start, min(start + rows, part.n), threads)
     return NativeWeight(handle, (codes, scale) if zeros is None else (codes, scale, zeros), plan.n, plan.k)
+
+
+def table_arguments(levels: Levels | None) -> tuple[Any, ...]:
+    """What a native Prepared takes besides, for a table."""
+    return () if levels is None else (levels.values, levels.bytes, levels.step)
 
 
 def _repack(handle: Any, part: Part, start: int, stop: int, threads: int) -> None:

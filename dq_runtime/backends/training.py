@@ -18,6 +18,7 @@ from torch import Tensor
 from dq_runtime.backends.choice import first_willing
 from dq_runtime.backends.layers_native import NativeLayers
 from dq_runtime.errors import BackendError
+from dq_runtime.levels import INT
 from dq_runtime.packing.layout import unpack_codes
 from dq_runtime.registry import Registry
 from dq_runtime.rounding.base import AdamStep
@@ -34,7 +35,8 @@ IMPLEMENTATIONS = Registry(
 
 @dataclass(frozen=True)
 class Lerp:
-    """All of w_hat = scale * (lo - zero + X) but X.
+    """All of w_hat = scale * (lo - zero + X) but X; of a table ``form`` with levels L, of scale * (L[lo] + X (L[lo + 1] -
+    L[lo])).
 
     ``lo`` uint8 [N, K], or the same codes as canonical bitstream int32 [N, ceil(K*bits/32)]; ``scale`` bf16/fp16
     [N, G]; ``zero`` uint8 [N, G], None where every zero point is the middle code 2^(bits-1).
@@ -45,6 +47,7 @@ class Lerp:
     zero: Tensor | None
     bits: int
     k: int
+    form: str = INT
 
     @property
     def packed(self) -> bool:
@@ -69,6 +72,7 @@ class TrainingCall:
     group_size: int = 0
     k: int = 0
     packed: bool = False
+    form: str = INT
 
 
 class Training(Protocol):
@@ -214,4 +218,4 @@ def unpack_flags(packed: Tensor, shape: torch.Size) -> Tensor:
 
 def _call(op: str, inputs: Tensor, w: Lerp) -> TrainingCall:
     group = w.k // w.scale.shape[1]
-    return TrainingCall(op, inputs.device.type, inputs.dtype, w.bits, group, w.k, w.packed)
+    return TrainingCall(op, inputs.device.type, inputs.dtype, w.bits, group, w.k, w.packed, w.form)

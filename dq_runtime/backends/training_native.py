@@ -14,6 +14,7 @@ from torch import Tensor
 from dq_runtime.backends.layers_native import NativeLayers
 from dq_runtime.backends.training import Lerp, TrainingCall, unpack_flags
 from dq_runtime.backends.training_reference import ReferenceTraining
+from dq_runtime.levels import INT
 from dq_runtime.rounding.base import AdamStep
 
 _native: Any
@@ -48,6 +49,8 @@ class NativeTraining:
             return f"native runs on cpu tensors only, got {call.device}"
         if call.op == "projected_adam" and call.dtype != torch.float32:
             return f"projected_adam on native takes float32, got {call.dtype}"
+        if call.form != INT:
+            return f"native moves between evenly spaced codes only, got a grid of {call.form} levels"
         if call.dtype not in DTYPES:
             return f"{call.op} on native takes float32 or bfloat16, got {call.dtype}"
         return "lo must be unpacked on the CPU" if call.packed else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dq_runtime.backends.training import Lerp, TrainingCall, unpack_flags
+from dq_runtime.levels import INT, LEVELS
 from dq_runtime.rounding.base import AdamStep
 
 # Tokens per chunk of the KL: 64 rows of a 150k vocabulary are 38 MB of float32, instead of gigabytes for a window.
@@ -38,9 +39,7 @@ class ReferenceTraining:
         grad_inputs = grad @ lerp_weight(w, x, grad.dtype) if needs[0] else None
         if not needs[1]:
             return grad_inputs, None
-        n, k = x.shape
-        scale = _wide(w.scale, grad.dtype).unsqueeze(-1)
-        grad_x = _wide(grad.t() @ inputs, grad.dtype).view(n, scale.shape[1], -1).mul_(scale).view(n, k)
+        grad_x = _wide(grad.t() @ inputs, grad.dtype).mul_(lerp_slope(w, grad.dtype))
         return grad_inputs, grad_x.to(grad_dtype)
 
     @torch.no_grad()
@@ -82,9 +81,27 @@ def lerp_weight(w: Lerp, x: Tensor, dtype: torch.dtype) -> Tensor:
     """scale * (lo - zero + x) as a dense [N, K] tensor of ``dtype``, computed in float32 (float64 for a float64 x)."""
     n, k = x.shape
     scale = _wide(w.scale, x.dtype)
+    if w.form != INT:
+        levels, steps = _table(w, scale.dtype)
+        lo = w.codes().long()
+        value = torch.addcmul(levels[lo], steps[lo], _wide(x, x.dtype)).view(n, scale.shape[1], -1)
+        return value.mul_(scale.unsqueeze(-1)).view(n, k).to(dtype)
     zero: Tensor | float = float(2 ** (w.bits - 1)) if w.zero is None else w.zero.to(scale.dtype).unsqueeze(-1)
     value = torch.add(_wide(x, x.dtype), w.codes()).view(n, scale.shape[1], -1)  # uint8 + float32 in one pass
     return value.sub_(zero).mul_(scale.unsqueeze(-1)).view(n, k).to(dtype)
+
+
+def lerp_slope(w: Lerp, dtype: torch.dtype = torch.float32) -> Tensor:
+    """d w_hat / dX, [N, K] in float32 (float64 for ``dtype`` float64): the distance between the two neighbours."""
+    slope = _wide(w.scale, dtype).repeat_interleave(w.k // w.scale.shape[1], 1)
+    return slope if w.form == INT else slope * _table(w, slope.dtype)[1][w.codes().long()]
+
+
+def _table(w: Lerp, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The levels of a table form [16] and how far it is from each to the next [16]; beyond the last as before it."""
+    levels = torch.tensor(LEVELS[w.form], dtype=dtype, device=w.scale.device)
+    steps = levels.diff()
+    return levels, torch.cat([steps, steps[-1:]])
 
 
 def stochastic_round(value: Tensor, noise: Tensor, dropped: int) -> Tensor:

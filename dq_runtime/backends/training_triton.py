@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dq_runtime.backends.training import Lerp, TrainingCall
 from dq_runtime.backends.triton_cuda import X_DTYPES, TritonCuda, interpreting
+from dq_runtime.levels import INT
 from dq_runtime.rounding.base import AdamStep
 
 
@@ -30,6 +31,8 @@ class TritonTraining:
     def can_run(self, call: TrainingCall) -> str | None:
         if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
             return f"tensors must be on cuda, got {call.device}"
+        if call.form != INT:
+            return f"triton moves between evenly spaced codes only, got a grid of {call.form} levels"
         if call.dtype not in X_DTYPES:
             return f"tensors must be bfloat16, float16 or float32, got {call.dtype}"
         if not call.op.startswith("lerp_mm"):

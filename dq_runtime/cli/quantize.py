@@ -14,6 +14,8 @@ ROUNDING_NAMES = (
     "discquant, nearest, obc, gptq, cdquant, gptaq, qronos, magr, adaround, adaquant, flexround, omniquant, autoround, "
     "gsq, yaqa, qat"
 )
+# As dq_runtime.spec.GRID_NAMES, which a test compares.
+GRID_NAMES = ("int", "gguf:q4_0", "gguf:q8_0", "nf4", "fp4", "mxfp4", "nvfp4")
 EPILOG = """
 [bold]Examples[/bold]
 
@@ -25,6 +27,8 @@ dq quantize ./model -o out --override 'model.layers.0.*=8' --override '*.down_pr
 
 dq quantize ./model -o out --target-bpw 3.1 --bits-choices 2,3,4,8 --calibration c4.txt
 
+dq quantize ./model -o out --grid gguf:q4_0 --calibration c4.txt
+
 dq quantize ./model -o out --calibration c4.txt --resume
 """
 
@@ -32,7 +36,8 @@ dq quantize ./model -o out --calibration c4.txt --resume
 def quantize(
     model: Annotated[str, typer.Argument(help="A model directory, a hub name, or a .gguf file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint directory to write.")],
-    bits: Annotated[int, typer.Option(help="Bits per code, 2 to 8.")] = 3,
+    grid: Annotated[str, typer.Option(help=f"Which values weights may take: {', '.join(GRID_NAMES)}.")] = "int",
+    bits: Annotated[int | None, typer.Option(help="Bits per code, 2 to 8; default 3, or what the grid has.")] = None,
     target_bpw: Annotated[
         float | None,
         typer.Option(help="Instead of --bits: mean bits per weight, scales included; each layer gets what it needs."),
@@ -41,10 +46,16 @@ def quantize(
     unfused: Annotated[
         bool, typer.Option("--unfused", help="Let --target-bpw give q, k, v or gate, up different bits (not for vLLM).")
     ] = False,
-    group_size: Annotated[str, typer.Option(help="Weights that share a scale: 16, 32, 64, 128 or row.")] = "64",
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="Weights that share a scale: 16, 32, 64, 128 or row; default 64, or what the grid has."),
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Give every group a zero point.")] = False,
     scale: Annotated[str, typer.Option(help="How scales are fitted: absmax or mse (a search).")] = "absmax",
-    scale_dtype: Annotated[str, typer.Option(help="Serving dtype of scales: bfloat16 or float16.")] = "bfloat16",
+    scale_dtype: Annotated[
+        str | None,
+        typer.Option(help="Serving dtype of scales: bfloat16 or float16; default bfloat16, or what the grid has."),
+    ] = None,
     rounding: Annotated[str, typer.Option(help=f"The rounding method: {ROUNDING_NAMES}.")] = "discquant",
     transform: Annotated[
         str, typer.Option(help="The basis in which weights are rounded: identity, hadamard or spinquant.")
@@ -99,11 +110,14 @@ def quantize(
     options, transform_options = (
         _pairs(flag, items or []) for flag, items in (("--set", option), ("--transform-set", transform_option))
     )
-    if group_size != "row" and not group_size.isdecimal():
+    if group_size not in (None, "row") and not group_size.isdecimal():
         raise SpecError(f"--group-size must be 16, 32, 64, 128 or row, got {group_size!r}")
-    group = PER_ROW if group_size == "row" else int(group_size)
+    group = None if group_size is None else PER_ROW if group_size == "row" else int(group_size)
+    symmetric = False if asymmetric else None
     spec = QuantSpec(
-        grid=GridSpec("int", bits, group, not asymmetric, scale, scale_dtype),
+        grid=GridSpec.named(
+            grid, bits=bits, group_size=group, symmetric=symmetric, scale=scale, scale_dtype=scale_dtype
+        ),
         transform=transform,
         transform_options=transform_options,
         rounding=RoundingSpec(rounding, options),

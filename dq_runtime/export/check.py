@@ -21,8 +21,10 @@ from dq_runtime.export.engines import (
     fused_groups,
     input_shards,
 )
+from dq_runtime.levels import INT
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.checkpoint import Checkpoint, open_checkpoint
+from dq_runtime.packing.quant_config import FLOAT_FORMATS
 from dq_runtime.spec import PER_ROW
 
 
@@ -79,6 +81,8 @@ def check(path: str | Path, engine: str, ranks: int = 1) -> Checked:
 
 def _elsewhere(engine: str, w: PackedWeight) -> tuple[bool, str, str]:
     """(loads, how, change) of one layer in an engine without tensor parallelism."""
+    if w.form != INT:
+        return _table(engine, w.form)
     if engine == "transformers":
         if w.zero is None:
             return True, "dequantized", ""
@@ -92,6 +96,15 @@ def _elsewhere(engine: str, w: PackedWeight) -> tuple[bool, str, str]:
     if engine == "llama.cpp":
         return _llama_cpp(w)
     return True, f"{bits} bits, groups of {max(groups)}", ""
+
+
+def _table(engine: str, form: str) -> tuple[bool, str, str]:
+    """Of a grid that is not evenly spaced."""
+    if engine == "transformers" and form in FLOAT_FORMATS:
+        return True, "dequantized", ""
+    if engine == "llama.cpp" and form == "mxfp4":
+        return True, "MXFP4", ""
+    return False, "", f"{form} does not exist there; quantize with another --grid, or export to dense"
 
 
 def _llama_cpp(w: PackedWeight) -> tuple[bool, str, str]:
@@ -128,6 +141,8 @@ def _vllm_group(
     again = "dq export OUT --to compressed-tensors"
     rank = f" --set tensor_parallel={ranks}" if ranks > 1 else ""
     first = next(iter(weights.values()))
+    if any(w.form != INT for w in weights.values()):
+        return False, "", f"{first.form} has rules of its own that are not checked here"
     if any(".experts." in name for name in weights):
         return False, "", "packed experts have rules of their own that are not checked here"
     if len({(w.bits, w.group_size, w.zero is None) for w in weights.values()}) > 1:
@@ -185,7 +200,8 @@ def _merged(verdicts: list[tuple[str, bool, str, str]], layers: Mapping[str, Pac
     for name, load, how, change in verdicts:
         w = layers[name]
         group = "whole rows" if w.group_size == w.k else f"groups of {w.group_size}"
-        grid = f"{w.bits} bits, {group}, {'symmetric' if w.zero is None else 'asymmetric'}, {w.n} x {w.k}"
+        kind = f"{w.bits} bits" if w.form == INT else w.form
+        grid = f"{kind}, {group}, {'symmetric' if w.zero is None else 'asymmetric'}, {w.n} x {w.k}"
         key = (re.sub(r"\d+", "*", name), grid, load, how, re.sub(r"\.\d+\.", ".*.", change))
         counts[key] = counts.get(key, 0) + 1
     return tuple(Verdict(key[0], count, *key[1:]) for key, count in counts.items())

@@ -9,7 +9,7 @@ asymmetric one writes its zero points down.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 from dq_runtime.errors import SpecError
 from dq_runtime.export.base import Progress, dense_linears, dense_tensors, model_config
 from dq_runtime.export.engines import fused_groups, input_shards
-from dq_runtime.export.exact import cast, regroup, widen, with_zeros
+from dq_runtime.export.exact import cast, regroup, require_int, widen, with_zeros
+from dq_runtime.levels import INT
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.checkpoint import Checkpoint, packed_tensors, write_json, write_weights
-from dq_runtime.packing.quant_config import Scheme, to_config
+from dq_runtime.packing.float4 import shared_shift
+from dq_runtime.packing.quant_config import FLOAT_FORMATS, Scheme, to_config
 from dq_runtime.spec import PER_ROW, options_from
 
 GROUPS = (128, 64, 32, 16)
@@ -61,19 +63,24 @@ class ToCompressedTensors:
         changed = 0
         schemes: dict[str, Scheme] = {}
         stored = dict(source.packed())
+        for layer, w in stored.items():
+            if w.form not in FLOAT_FORMATS:
+                require_int(layer, w, "compressed-tensors")
+        shift = shared_shift(stored.values())
         done = 0
         for members in fused_groups(list(stored)):
             for layer, w in _shared({m: stored[m] for m in members}, self.options.tensor_parallel).items():
                 changed += w is not stored[layer]
-                scale = cast(w.scale, dtype, f"the scale of {layer}", remedy)
-                made = PackedWeight(w.packed, scale, w.zero, w.bits, w.k)
-                tensors |= packed_tensors(layer, made)
-                schemes[layer] = Scheme(w.bits, PER_ROW if w.group_size == w.k else w.group_size, w.zero is None)
+                if w.form == INT:  # block formats have scales of a dtype of their own
+                    w = replace(w, scale=cast(w.scale, dtype, f"the scale of {layer}", remedy))
+                tensors |= packed_tensors(layer, w, shift)
+                group = PER_ROW if w.group_size == w.k else w.group_size
+                schemes[layer] = Scheme(w.bits, group, w.zero is None, w.form)
                 done += 1
                 show(done, len(stored))
         ignore = dense_linears(source) + (["lm_head"] if "lm_head" not in schemes else [])
         write_weights(directory, tensors)
-        stored_as = to_config(schemes, ignore, standard=True)
+        stored_as = to_config(schemes, ignore)
         write_json(directory / "config.json", config | {"dtype": name, "quantization_config": stored_as})
         notes = [f"codes decode to the values of the checkpoint, bit for bit; scales and the rest are {name}"]
         if changed:
@@ -90,6 +97,13 @@ def _shared(layers: Mapping[str, PackedWeight], ranks: int) -> dict[str, PackedW
     whole = all(w.group_size == w.k for w in layers.values())
     sizes = {w.group_size for w in layers.values()}
     group = min(sizes)
+    if first.form != INT:
+        if shard % group or len({w.form for w in layers.values()}) > 1:
+            raise SpecError(
+                f"{' and '.join(layers)} have {first.k} inputs, whose groups of {group} cannot be shared by {ranks} "
+                "ranks; serve with fewer"
+            )
+        return dict(layers)
     if not whole or shard != first.k:
         fits = [g for g in (group, *GROUPS) if shard % g == 0 and all(size % g == 0 for size in sizes)]
         if not fits:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dq_runtime.errors import SpecError
+from dq_runtime.levels import INT
 from dq_runtime.packing import PackedWeight, pack_codes
 
 
@@ -44,6 +46,7 @@ def refit(name: str, w: PackedWeight, bits: Sequence[int], groups: Sequence[int]
     Finer groups repeat a scale, wider codes are the same integers about a wider middle. Coarser groups and narrower
     codes would round: :class:`SpecError` says which grid the format ``form`` takes.
     """
+    require_int(name, w, form)
     wider = [b for b in sorted(bits) if b >= w.bits]
     finer = [g for g in sorted(groups, reverse=True) if 0 < g <= w.group_size and w.group_size % g == 0]
     group = w.group_size if w.group_size in groups or (w.group_size == w.k and -1 in groups) else None
@@ -57,13 +60,21 @@ def refit(name: str, w: PackedWeight, bits: Sequence[int], groups: Sequence[int]
     return widen(regroup(w, group), wider[0])
 
 
+def require_int(name: str, w: PackedWeight, form: str) -> None:
+    """:class:`SpecError` for a layer whose levels are not evenly spaced, which ``form`` does not have."""
+    if w.form != INT:
+        raise SpecError(
+            f"{form} has no {w.form}, the grid of {name}; export it to dense, or quantize with another --grid"
+        )
+
+
 def regroup(w: PackedWeight, group: int) -> PackedWeight:
     """The same values in groups of ``group`` weights, a divisor of the present group size."""
     times = w.group_size // group
     if times == 1:
         return w
     zero = None if w.zero is None else w.zero.repeat_interleave(times, 1)
-    return PackedWeight(w.packed, w.scale.repeat_interleave(times, 1), zero, w.bits, w.k)
+    return replace(w, scale=w.scale.repeat_interleave(times, 1), zero=zero)
 
 
 def widen(w: PackedWeight, bits: int) -> PackedWeight:
@@ -77,7 +88,7 @@ def widen(w: PackedWeight, bits: int) -> PackedWeight:
 
 def with_zeros(w: PackedWeight) -> PackedWeight:
     """The same values with explicit zero points."""
-    return PackedWeight(w.packed, w.scale, zeros_of(w), w.bits, w.k)
+    return replace(w, zero=zeros_of(w))
 
 
 def _choice(values: Sequence[int]) -> str:

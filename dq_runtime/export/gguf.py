@@ -34,6 +34,8 @@ from dq_runtime.spec import options_from
 
 # Hugging Face's model_type -> llama.cpp's architecture.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# Names of ggml's file types that are not MOSTLY_ and the type of most tensors.
+_FILE_TYPES = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class ToGGUF:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope.scaling)
         most = max(kinds, key=lambda kind: kinds[kind])
-        writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if most == "F32" else f"MOSTLY_{most}"))
+        writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES.get(most, f"MOSTLY_{most}")))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

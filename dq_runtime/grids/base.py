@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dq_runtime.levels import INT, LEVELS
 from dq_runtime.spec import GridSpec
 
 
@@ -16,6 +17,20 @@ class Affine:
     """value = scale * (code - zero): the decode form of every integer grid, the only thing a kernel knows of one."""
 
     bits: int
+    name: str = INT
+
+
+@dataclass(frozen=True)
+class Table:
+    """value = scale * LEVELS[name][code] (:mod:`dq_runtime.levels`): the decode form of every other grid."""
+
+    bits: int
+    name: str
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The values of the codes at scale 1, ascending."""
+        return LEVELS[self.name]
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Grid(Protocol):
     """A grid is built from its :class:`GridSpec` and is stateless beyond it."""
 
     spec: GridSpec
-    decode_form: Affine
+    decode_form: Affine | Table
 
     def __init__(self, spec: GridSpec) -> None: ...
 
@@ -51,11 +66,13 @@ class Grid(Protocol):
         ...
 
     def position(self, w: Tensor, scales: Scales) -> Tensor:
-        """Where each weight lies on the code axis: float32 [N, K], the real number v with w = scale * (v - zero)."""
+        """Where each weight lies on the code axis, float32 [N, K]: the real number v with w = scale * (v - zero), and in
+        a table the one that lies between two codes as the weight does between their values."""
         ...
 
     def neighbours(self, w: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-        """The two codes around each weight, uint8 [N, K] each; lo == hi where the weight is outside the grid."""
+        """The two codes around each weight, uint8 [N, K] each, hi = lo + 1; lo == hi where the weight is outside the grid
+        or on one of its values."""
         ...
 
     def nearest(self, w: Tensor, scales: Scales) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dq_runtime.backends import dispatch
 from dq_runtime.backends.base import PreparedWeight
+from dq_runtime.levels import INT
 from dq_runtime.packing import PackedWeight
 
 
@@ -26,11 +27,12 @@ class PackedExperts:
     zero: Tensor | None
     bits: int
     k: int
+    form: str = INT
 
     @classmethod
     def stack(cls, weights: Sequence[PackedWeight]) -> PackedExperts:
         """One weight an expert, in order. Raises ValueError unless all have one shape, width, group size and dtype."""
-        kinds = {(w.packed.shape, w.scale.shape, w.scale.dtype, w.zero is None, w.bits, w.k) for w in weights}
+        kinds = {(w.packed.shape, w.scale.shape, w.scale.dtype, w.zero is None, w.bits, w.k, w.form) for w in weights}
         if len(kinds) != 1:
             raise ValueError(f"experts of one layer must be packed alike, got {len(kinds)} ways")
         zeros = [w.zero for w in weights if w.zero is not None]
@@ -40,23 +42,42 @@ class PackedExperts:
             torch.stack(zeros) if zeros else None,
             weights[0].bits,
             weights[0].k,
+            weights[0].form,
         )
 
     def experts(self) -> list[PackedWeight]:
         """The weight of each expert, views."""
         zeros = [None] * self.packed.shape[0] if self.zero is None else list(self.zero)
-        return [PackedWeight(*w, self.bits, self.k) for w in zip(self.packed, self.scale, zeros, strict=True)]
+        return [
+            PackedWeight(*w, self.bits, self.k, self.form) for w in zip(self.packed, self.scale, zeros, strict=True)
+        ]
 
 
 @torch.library.custom_op("dq_runtime::qmm_grouped", mutates_args=())
 def _qmm_grouped(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, expert_of: Tensor, bits: int, k: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    expert_of: Tensor,
+    bits: int,
+    k: int,
+    form: str = "int",
 ) -> Tensor:
-    return dispatch.qmm_grouped(x, PackedExperts(packed, scale, zero, bits, k).experts(), expert_of)
+    return dispatch.qmm_grouped(x, PackedExperts(packed, scale, zero, bits, k, form).experts(), expert_of)
 
 
 @_qmm_grouped.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, expert_of: Tensor, bits: int, k: int) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    expert_of: Tensor,
+    bits: int,
+    k: int,
+    form: str = "int",
+) -> Tensor:
     return x.new_empty(expert_of.shape[0], packed.shape[1])
 
 
@@ -64,7 +85,7 @@ def qmm_grouped(x: Tensor, w: PackedExperts, expert_of: Tensor) -> Tensor:
     """x [T, K] or [P, K], expert_of integer [P], P = T * top_k -> y [P, N] in x's dtype: row p is token p // top_k (row
     p of x where x has P) times the weight of expert ``expert_of[p]``. Raises :class:`BackendError` for a number that is
     no expert's, or where T does not divide P."""
-    y: Tensor = _qmm_grouped(x, w.packed, w.scale, w.zero, expert_of, w.bits, w.k)
+    y: Tensor = _qmm_grouped(x, w.packed, w.scale, w.zero, expert_of, w.bits, w.k, w.form)
     return y
 
 
@@ -81,8 +102,9 @@ def _qmm_grouped_prepared(
     group_size: int,
     symmetric: bool,
     x_dtype: torch.dtype,
+    form: str = "int",
 ) -> Tensor:
-    w = PreparedWeight(backend, tuple(weight), n, k, bits, group_size, symmetric, x_dtype)
+    w = PreparedWeight(backend, tuple(weight), n, k, bits, group_size, symmetric, x_dtype, form)
     return dispatch.qmm_grouped_prepared(x, w, experts, expert_of)
 
 
@@ -99,6 +121,7 @@ def _(
     group_size: int,
     symmetric: bool,
     x_dtype: torch.dtype,
+    form: str = "int",
 ) -> Tensor:
     return x.new_empty(expert_of.shape[0], n)
 
@@ -107,6 +130,7 @@ def qmm_grouped_prepared(x: Tensor, w: PreparedWeight, experts: int, expert_of: 
     """As :func:`qmm_grouped`, of ``experts`` weights that ``dispatch.prepare_experts`` made. On a GPU the host does not
     wait for ``expert_of``, so a number that is no expert's is not noticed there: its row stays unset."""
     y: Tensor = _qmm_grouped_prepared(
-        x, list(w.tensors), expert_of, experts, w.backend, w.n, w.k, w.bits, w.group_size, w.symmetric, w.x_dtype
-    )
+        x, list(w.tensors), expert_of, experts, w.backend, w.n, w.k, w.bits, w.group_size, w.symmetric, w.x_dtype,
+        w.form,
+    )  # fmt: skip
     return y

@@ -14,32 +14,32 @@ from dq_runtime.packing import PackedWeight
 
 
 @torch.library.custom_op("dq_runtime::qmm", mutates_args=())
-def _qmm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int) -> Tensor:
-    return dispatch.qmm(x, PackedWeight(packed, scale, zero, bits, k))
+def _qmm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int, form: str = "int") -> Tensor:
+    return dispatch.qmm(x, PackedWeight(packed, scale, zero, bits, k, form))
 
 
 @_qmm.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int) -> Tensor:
+def _(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int, form: str = "int") -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero, bits, k = inputs
+    x, packed, scale, zero, bits, k, form = inputs
     ctx.save_for_backward(packed, scale, zero)
-    ctx.bits, ctx.k, ctx.x_dtype = bits, k, x.dtype
+    ctx.bits, ctx.k, ctx.form, ctx.x_dtype = bits, k, form, x.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None, None]:
     """grad_x = grad @ W, one tile of rows at a time: the packed weight is never dense."""
     packed, scale, zero = ctx.saved_tensors
-    w = PackedWeight(packed, scale, zero, ctx.bits, ctx.k)
+    w = PackedWeight(packed, scale, zero, ctx.bits, ctx.k, ctx.form)
     flat = grad.reshape(-1, w.n).float()
     out = torch.zeros(flat.shape[0], w.k, device=grad.device)
     rows = max(1, 2**21 // w.k)
     for start in range(0, w.n, rows):
         stop = min(start + rows, w.n)
         out.addmm_(flat[:, start:stop], w.decode(start, stop))
-    return out.view(*grad.shape[:-1], w.k).to(ctx.x_dtype), None, None, None, None, None
+    return out.view(*grad.shape[:-1], w.k).to(ctx.x_dtype), None, None, None, None, None, None
 
 
 _qmm.register_autograd(_backward, setup_context=_setup)
@@ -49,7 +49,7 @@ def qmm(x: Tensor, w: PackedWeight) -> Tensor:
     """x [..., K] @ decode(w).T -> [..., N]; differentiable in x; traceable by torch.compile."""
     if _eager():
         return dispatch.qmm(x, w)
-    y: Tensor = _qmm(x, w.packed, w.scale, w.zero, w.bits, w.k)
+    y: Tensor = _qmm(x, w.packed, w.scale, w.zero, w.bits, w.k, w.form)
     return y
 
 
@@ -69,8 +69,9 @@ def _qmm_prepared(
     group_size: int,
     symmetric: bool,
     x_dtype: torch.dtype,
+    form: str = "int",
 ) -> Tensor:
-    w = PreparedWeight(backend, tuple(weight), n, k, bits, group_size, symmetric, x_dtype)
+    w = PreparedWeight(backend, tuple(weight), n, k, bits, group_size, symmetric, x_dtype, form)
     return dispatch.qmm_prepared(x, w)
 
 
@@ -85,6 +86,7 @@ def _(
     group_size: int,
     symmetric: bool,
     x_dtype: torch.dtype,
+    form: str = "int",
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
@@ -93,5 +95,7 @@ def qmm_prepared(x: Tensor, w: PreparedWeight) -> Tensor:
     """x [..., K] @ W.T -> [..., N] of a prepared weight; for inference: it has no gradient."""
     if _eager():
         return dispatch.qmm_prepared(x, w)
-    y: Tensor = _qmm_prepared(x, list(w.tensors), w.backend, w.n, w.k, w.bits, w.group_size, w.symmetric, w.x_dtype)
+    y: Tensor = _qmm_prepared(
+        x, list(w.tensors), w.backend, w.n, w.k, w.bits, w.group_size, w.symmetric, w.x_dtype, w.form
+    )
     return y

@@ -50,6 +50,7 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.experts, self.out_features, self.in_features = w.packed.shape[0], w.packed.shape[1], w.k
         self.bits, self.group_size = w.bits, w.k // w.scale.shape[2]
+        self._decoded_by = (w.bits, w.k, w.form)
         self.register_buffer("weight_packed", w.packed, persistent=False)
         self.register_buffer("weight_scale", w.scale, persistent=False)
         self.register_buffer("weight_zero", w.zero, persistent=False)
@@ -60,7 +61,7 @@ class ExpertLinear(nn.Module):
         """The weights as on disk; gone after :meth:`prepare`."""
         if self.weight_packed is None or self.weight_scale is None:
             raise DQError("these experts were prepared for their device, which drops the canonical weights; load again")
-        return PackedExperts(self.weight_packed, self.weight_scale, self.weight_zero, self.bits, self.in_features)
+        return PackedExperts(self.weight_packed, self.weight_scale, self.weight_zero, *self._decoded_by)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Repack for activations of ``dtype`` on the device the weights are on; nothing changes where that cannot help.
@@ -172,4 +173,4 @@ def _rows_joined(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
     """The rows of ``gate``, then those of ``up``: a row of the bitstream ends at a word, so nothing is repacked."""
     both = PackedExperts.stack((gate, up))
     zero = None if both.zero is None else both.zero.flatten(0, 1)
-    return PackedWeight(both.packed.flatten(0, 1), both.scale.flatten(0, 1), zero, both.bits, both.k)
+    return PackedWeight(both.packed.flatten(0, 1), both.scale.flatten(0, 1), zero, both.bits, both.k, both.form)

@@ -27,6 +27,7 @@ class QuantLinear(nn.Module):
     def __init__(self, w: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group_size = w.k, w.n, w.bits, w.group_size
+        self.form = w.form
         self.register_buffer("weight_packed", w.packed)
         self.register_buffer("weight_scale", w.scale)
         self.register_buffer("weight_zero", w.zero)
@@ -38,7 +39,9 @@ class QuantLinear(nn.Module):
         """The weight as on disk; gone after :meth:`prepare`."""
         if self.weight_packed is None or self.weight_scale is None:
             raise DQError("this linear was prepared for its device, which drops the canonical weight; load it again")
-        return PackedWeight(self.weight_packed, self.weight_scale, self.weight_zero, self.bits, self.in_features)
+        return PackedWeight(
+            self.weight_packed, self.weight_scale, self.weight_zero, self.bits, self.in_features, self.form
+        )
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Repack for activations of ``dtype`` on the device the weight is on; nothing changes where that cannot help.
@@ -56,5 +59,5 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}"
+            f"group_size={self.group_size}, form={self.form}"
         )

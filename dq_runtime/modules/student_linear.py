@@ -3,6 +3,8 @@
     teacher  w     = scale * (lo - zero + y)      y as the original weight gave it, so w is exact to float32 rounding
     student  w_hat = scale * (lo - zero + x)      x in [0, 1], 0 where the two neighbours coincide
 
+(of a table grid, with L its levels, scale * (L[lo] + y (L[lo + 1] - L[lo])), and the same with x).
+
 Shapes: N = out_features, K = in_features, G = K / group_size; x, y, lo, free are [N, K]. Bytes a weight (3 bits):
 
              lo      y   free   x   m + v   x.grad   together
@@ -25,8 +27,9 @@ from torch import Tensor, nn
 
 from dq_runtime.backends import dispatch, training
 from dq_runtime.backends.training import Lerp
-from dq_runtime.backends.training_reference import lerp_weight
+from dq_runtime.backends.training_reference import lerp_slope, lerp_weight
 from dq_runtime.grids import Grid, Scales
+from dq_runtime.levels import INT
 from dq_runtime.modules.ops import qmm
 from dq_runtime.modules.training_ops import lerp_mm
 from dq_runtime.packing import PackedWeight, pack_codes
@@ -86,7 +89,8 @@ class StudentLinear(nn.Module):
     @property
     def lerp(self) -> Lerp:
         """What teacher and student have in common, as the training ops take it."""
-        return Lerp(self._lo, self.scale, self.zero, self.grid.spec.bits, self.in_features)
+        form = self.grid.decode_form.name
+        return Lerp(self._lo, self.scale, self.zero, self.grid.spec.bits, self.in_features, form)
 
     @property
     def lo(self) -> Tensor:
@@ -137,7 +141,9 @@ class StudentLinear(nn.Module):
         return self.lo + self.x.detach().round().to(torch.uint8)
 
     def mean_squared_step(self) -> float:
-        return float(self.scale.float().square().mean())
+        """Mean of (distance between the two neighbours)^2."""
+        step = self.scale.float() if self.grid.decode_form.name == INT else lerp_slope(self.lerp)
+        return float(step.square().mean())
 
     def pack(self, choice: Choice) -> PackedWeight:
         """The checkpoint form of a choice: its codes, with its scales or the layer's own."""
@@ -145,7 +151,7 @@ class StudentLinear(nn.Module):
         scales = choice.scales or self.scales
         zero = None if scales.zero is None else scales.zero.to(device)
         packed = dispatch.pack(choice.codes.to(device), bits)
-        return PackedWeight(packed, scales.scale.to(device), zero, bits, self.in_features)
+        return PackedWeight(packed, scales.scale.to(device), zero, bits, self.in_features, self.grid.decode_form.name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., K] -> [..., N], in the inputs' dtype; held compactly, in that of the matmuls."""

@@ -35,14 +35,28 @@ class LerpMM(torch.autograd.Function):
 
 @torch.library.custom_op("dq_runtime::lerp_mm", mutates_args=())
 def _lerp_mm(
-    inputs: Tensor, x: Tensor, lo: Tensor, scale: Tensor, zero: Tensor | None, bits: int, grad_dtype: torch.dtype
+    inputs: Tensor,
+    x: Tensor,
+    lo: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    grad_dtype: torch.dtype,
+    form: str = "int",
 ) -> Tensor:
-    return training.lerp_mm(inputs, x, Lerp(lo, scale, zero, bits, x.shape[1]))
+    return training.lerp_mm(inputs, x, Lerp(lo, scale, zero, bits, x.shape[1], form))
 
 
 @_lerp_mm.register_fake
 def _(
-    inputs: Tensor, x: Tensor, lo: Tensor, scale: Tensor, zero: Tensor | None, bits: int, grad_dtype: torch.dtype
+    inputs: Tensor,
+    x: Tensor,
+    lo: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    grad_dtype: torch.dtype,
+    form: str = "int",
 ) -> Tensor:
     return inputs.new_empty(inputs.shape[0], x.shape[0])
 
@@ -57,8 +71,9 @@ def _lerp_mm_backward(
     zero: Tensor | None,
     bits: int,
     grad_dtype: torch.dtype,
+    form: str = "int",
 ) -> tuple[Tensor, Tensor]:
-    w = Lerp(lo, scale, zero, bits, x.shape[1])
+    w = Lerp(lo, scale, zero, bits, x.shape[1], form)
     grad_inputs, grad_x = training.lerp_mm_backward(grad.contiguous(), inputs, x, w, (True, True), grad_dtype)
     assert grad_inputs is not None
     assert grad_x is not None
@@ -75,21 +90,22 @@ def _(
     zero: Tensor | None,
     bits: int,
     grad_dtype: torch.dtype,
+    form: str = "int",
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(inputs), torch.empty_like(x, dtype=grad_dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    flat, x, lo, scale, zero, bits, grad_dtype = inputs
+    flat, x, lo, scale, zero, bits, grad_dtype, form = inputs
     ctx.save_for_backward(flat, x, lo, scale, zero)
-    ctx.bits, ctx.grad_dtype = bits, grad_dtype
+    ctx.bits, ctx.grad_dtype, ctx.form = bits, grad_dtype, form
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
     flat, x, lo, scale, zero = ctx.saved_tensors
-    grad_inputs, grad_x = _lerp_mm_backward(grad, flat, x, lo, scale, zero, ctx.bits, ctx.grad_dtype)
+    grad_inputs, grad_x = _lerp_mm_backward(grad, flat, x, lo, scale, zero, ctx.bits, ctx.grad_dtype, ctx.form)
     needs = ctx.needs_input_grad
-    return grad_inputs if needs[0] else None, grad_x if needs[1] else None, None, None, None, None, None
+    return grad_inputs if needs[0] else None, grad_x if needs[1] else None, None, None, None, None, None, None
 
 
 _lerp_mm.register_autograd(_backward, setup_context=_setup)
@@ -102,7 +118,7 @@ def lerp_mm(inputs: Tensor, x: Tensor, w: Lerp, grad_dtype: torch.dtype) -> Tens
     """
     y: Tensor
     if torch.compiler.is_compiling():
-        y = _lerp_mm(inputs, x, w.lo, w.scale, w.zero, w.bits, grad_dtype)
+        y = _lerp_mm(inputs, x, w.lo, w.scale, w.zero, w.bits, grad_dtype, w.form)
     else:
         y = LerpMM.apply(inputs, x, w, grad_dtype)  # type: ignore[no-untyped-call]
     return y

@@ -20,7 +20,7 @@ def tensor_of(host: HostTensor) -> Tensor:
 def packed_of(host: HostWeight) -> PackedWeight:
     """The same weight over the same memory."""
     zero = None if host.zero is None else torch.from_numpy(host.zero)
-    return PackedWeight(torch.from_numpy(host.packed), tensor_of(host.scale), zero, host.bits, host.k)
+    return PackedWeight(torch.from_numpy(host.packed), tensor_of(host.scale), zero, host.bits, host.k, host.form)
 
 
 def host_of(tensor: Tensor) -> HostTensor:
@@ -34,4 +34,4 @@ def host_of(tensor: Tensor) -> HostTensor:
 def host_weight_of(w: PackedWeight) -> HostWeight:
     """The same weight, its tensors on the CPU, over the same memory."""
     zero = None if w.zero is None else w.zero.numpy()
-    return HostWeight(w.packed.numpy(), host_of(w.scale), zero, w.bits, w.k)
+    return HostWeight(w.packed.numpy(), host_of(w.scale), zero, w.bits, w.k, w.form)

@@ -2,7 +2,7 @@
 
 We write a standard compressed-tensors ``pack-quantized`` directory. Per quantized linear: ``weight_packed`` int32 [N,
 ceil(K*b/32)], ``weight_scale`` [N, G], ``weight_shape`` int64 [2], and for asymmetric grids ``weight_zero_point`` int32
-[ceil(N*b/32), G] packed along out_features. ``SHA256SUMS`` (checkable with ``sha256sum -c``) covers every file, so that
+[ceil(N*b/32), G] packed along out_features; mxfp4 and nvfp4 as :mod:`dq_runtime.packing.float4` says. ``SHA256SUMS`` (checkable with ``sha256sum -c``) covers every file, so that
 a flipped bit is found before it becomes text. The formats read stand in :mod:`dq_runtime.packing.readers`.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dq_runtime.errors import CheckpointError
 from dq_runtime.packing.atomic import save_tensors
 from dq_runtime.packing.host import HostTensor, HostWeight
-from dq_runtime.packing.quant_config import Scheme
+from dq_runtime.packing.quant_config import FLOAT_FORMATS, Scheme
 
 if TYPE_CHECKING:  # reading needs no torch, whose import takes 2 s
     from torch import Tensor
@@ -31,12 +31,16 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
 
 
-def packed_tensors(layer: str, w: PackedWeight) -> dict[str, Tensor]:
-    """The tensors that store one layer, by name."""
+def packed_tensors(layer: str, w: PackedWeight, shift: int | None = None) -> dict[str, Tensor]:
+    """The tensors that store one layer, by name. ``shift``: the power of two that layers of nvfp4 are to share, where
+    this one can (:func:`dq_runtime.packing.float4.shared_shift`)."""
     import torch
 
+    from dq_runtime.packing.float4 import float4_tensors
     from dq_runtime.packing.layout import pack_codes
 
+    if w.form in FLOAT_FORMATS:
+        return {f"{layer}.{name}": tensor for name, tensor in float4_tensors(layer, w, shift).items()}
     tensors = {
         f"{layer}.weight_packed": w.packed,
         f"{layer}.weight_scale": w.scale,

@@ -7,11 +7,13 @@ numpy has no bfloat16, nor 8-bit floats: of those the values here are the bits, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dq_runtime.levels import INT
 
 # torch's name of a dtype -> what its values are stored as here.
 STORAGE: dict[str, type[np.generic]] = {
@@ -126,7 +128,8 @@ class HostWeight:
     """One linear's weight as it lies on disk; a :class:`dq_runtime.packing.PackedWeight` in numpy.
 
     ``packed`` int32 [N, ceil(K*bits/32)], ``scale`` float16 or bfloat16 [N, G], ``zero`` uint8 [N, G] (unpacked; None:
-    the middle code 2^(bits-1)), ``k`` = in_features. The value of a code is ``scale * (code - zero)``.
+    the middle code 2^(bits-1)), ``k`` = in_features. The value of a code is ``scale * (code - zero)``, or, where ``form``
+    is the name of a table (:mod:`dq_runtime.levels`), ``scale * level of the code``.
     """
 
     packed: NDArray[np.int32]
@@ -134,6 +137,7 @@ class HostWeight:
     zero: NDArray[np.uint8] | None
     bits: int
     k: int
+    form: str = INT
 
     @property
     def n(self) -> int:
@@ -148,4 +152,4 @@ class HostWeight:
     def rows(self, start: int, stop: int) -> HostWeight:
         """Rows ``start:stop``, the same memory."""
         zero = None if self.zero is None else self.zero[start:stop]
-        return HostWeight(self.packed[start:stop], self.scale.rows(start, stop), zero, self.bits, self.k)
+        return replace(self, packed=self.packed[start:stop], scale=self.scale.rows(start, stop), zero=zero)

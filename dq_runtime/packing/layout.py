@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dq_runtime.levels import INT, LEVELS, SCALE_BITS
 from dq_runtime.packing.host import words_per_row
 
 
@@ -56,7 +57,8 @@ class PackedWeight:
     """One linear's weight as it lies on disk.
 
     ``packed`` int32 [N, ceil(K*bits/32)], ``scale`` fp16/bf16 [N, G], ``zero`` uint8 [N, G] (unpacked; None: the middle
-    code 2^(bits-1)), ``k`` = in_features. The value of a code is ``scale * (code - zero)``.
+    code 2^(bits-1)), ``k`` = in_features. The value of a code is ``scale * (code - zero)``, or, where ``form`` is the
+    name of a table (:mod:`dq_runtime.levels`), ``scale * level of the code``.
     """
 
     packed: Tensor
@@ -64,6 +66,7 @@ class PackedWeight:
     zero: Tensor | None
     bits: int
     k: int
+    form: str = INT
 
     @property
     def n(self) -> int:
@@ -78,7 +81,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes on disk: codes, scales and packed zero points."""
-        total = self.packed.nbytes + self.scale.nbytes
+        total = self.packed.nbytes + self.scale.numel() * SCALE_BITS.get(self.form, 16) // 8
         if self.zero is not None:
             total += 4 * words_per_row(self.n, self.bits) * self.scale.shape[1]
         return total
@@ -91,6 +94,9 @@ class PackedWeight:
         """Values of rows ``start:stop``, [rows, K]: the definition every kernel is tested against."""
         codes = self.codes(start, stop)
         scale = self.scale[start:stop].float()
+        if self.form != INT:
+            levels = torch.tensor(LEVELS[self.form], device=codes.device)[codes.long()]
+            return levels.view(codes.shape[0], scale.shape[1], -1).mul_(scale.unsqueeze(-1)).view(codes.shape).to(dtype)
         zero = float(2 ** (self.bits - 1)) if self.zero is None else self.zero[start:stop].float().unsqueeze(-1)
         grouped = codes.view(codes.shape[0], scale.shape[1], -1).float()
         return grouped.sub_(zero).mul_(scale.unsqueeze(-1)).view(codes.shape).to(dtype)

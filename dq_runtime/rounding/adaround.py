@@ -104,6 +104,7 @@ class AdaRound(BlockMethod):
     """Block by block, on the layer's own scales; see the module docstring."""
 
     between_neighbours = True
+    any_grid = True
     decay = staticmethod(constant)
 
     recipe: Recipe

@@ -303,6 +303,7 @@ class Rounding(Protocol):
 
     needs: Needs
     between_neighbours: bool  # True if every code is one of the weight's two neighbours
+    any_grid: bool  # False for a method whose arithmetic is that of evenly spaced levels: the int grid alone
 
     def __init__(self, options: Mapping[str, Any]) -> None: ...
 

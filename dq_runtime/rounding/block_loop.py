@@ -170,6 +170,7 @@ class BlockMethod(ABC):
 
     needs = Needs.WEIGHTS | Needs.BLOCKS
     between_neighbours = False
+    any_grid = False
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.Adam
     decay: Callable[[float], float] = staticmethod(cosine_decay)
     recipe: Recipe

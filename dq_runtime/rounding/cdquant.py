@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dq_runtime.errors import SpecError
-from dq_runtime.grids import Grid, Scales
+from dq_runtime.grids import Affine, Grid, Scales
 from dq_runtime.rounding.base import Choice, Gram, LayerProblem, options_from
 from dq_runtime.rounding.feedback import Near, Walk, walk
 from dq_runtime.rounding.gptq import gptq_walk
@@ -99,6 +99,8 @@ def descend_greedily(
     grid: Grid, scales: Scales, w: Tensor, curve: Curvature, codes: Tensor, moves: int, jump: int
 ) -> Tensor:
     """At most ``moves`` moves in every row of ``codes``, each the one that lowers the row's loss most."""
+    if not isinstance(grid.decode_form, Affine):
+        raise SpecError(f"order=greedy counts in even steps, which grid {grid.spec.name} has not; use order=cyclic")
     wide = scales.wide(w.shape[1])
     top, scale = 2**grid.decode_form.bits - 1, wide.scale.float()
     hessian, diagonal = curve.hessian, curve.hessian.diagonal()

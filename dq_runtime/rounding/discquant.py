@@ -65,6 +65,7 @@ class DiscQuant:
 
     needs = Needs.WEIGHTS | Needs.STUDENT
     between_neighbours = True
+    any_grid = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.recipe = options_from(Recipe, "discquant", options)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq_runtime.grids import Grid, Scales
+from dq_runtime.errors import SpecError
+from dq_runtime.grids import Affine, Grid, Scales
 from dq_runtime.rounding.base import Choice
 from dq_runtime.rounding.linalg import Curvature
 
@@ -87,11 +88,12 @@ def walk(plan: Walk, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def round_columns(plan: Walk, part: slice, value: Tensor, target: Tensor, error: Tensor, codes: Tensor) -> None:
     """Round the columns ``part``: fills these of ``codes`` and ``error`` [N, K]; ``value`` [N, columns] holds their
     start with the feedback of earlier blocks, and afterwards what was rounded."""
-    if _native is None or target.device.type != "cpu":
+    form = plan.grid.decode_form
+    if _native is None or target.device.type != "cpu" or not isinstance(form, Affine):
         round_columns_reference(plan, part, value, target, error, codes)
         return
     own = plan.own
-    middle = float(2 ** (plan.grid.decode_form.bits - 1))
+    middle = float(2 ** (form.bits - 1))
     scale = own.scale.float().contiguous()
     zero = torch.full_like(scale, middle) if own.zero is None else own.zero.float().contiguous()
     feedback = plan.feedback[part, part].T.contiguous()
@@ -116,7 +118,7 @@ def round_columns(plan: Walk, part: slice, value: Tensor, target: Tensor, error:
         value.shape[1],
         k,
         scale.shape[1],
-        2**plan.grid.decode_form.bits - 1,
+        2**form.bits - 1,
         torch.get_num_threads(),
     )
 
@@ -147,6 +149,8 @@ def walk_refitting(grid: Grid, w: Tensor, curve: Curvature, size: int) -> Choice
     The compensated weights of a group g are those that would make up best for the error e of the columns before it:
     w_g + e_{<g} R_{<g,g} (R_gg)^-1 minimises ||e R||^2 over the group.
     """
+    if not isinstance(grid.decode_form, Affine):
+        raise SpecError(f"scales cannot be refitted on grid {grid.spec.name} group by group; round with fixed scales")
     k = w.shape[1]
     feedback = curve.feedback()
     error = torch.empty_like(w)

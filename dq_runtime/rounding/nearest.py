@@ -19,6 +19,7 @@ class Nearest:
 
     needs = Needs.WEIGHTS
     between_neighbours = True
+    any_grid = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         options_from(_Options, "nearest", options)

@@ -60,6 +60,7 @@ class QAT:
 
     needs = Needs.WEIGHTS | Needs.STUDENT
     between_neighbours = False
+    any_grid = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.recipe = options_from(Recipe, "qat", options)

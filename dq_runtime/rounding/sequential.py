@@ -97,6 +97,7 @@ class LayerMethod(ABC):
 
     needs = Needs.WEIGHTS | Needs.BLOCKS
     between_neighbours = False
+    any_grid = True
     cross = False
     recipe: Any
 

@@ -57,6 +57,7 @@ class Yaqa:
 
     needs = Needs.WEIGHTS | Needs.FISHER
     between_neighbours = False
+    any_grid = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.settings = options_from(Options, "yaqa", options)

@@ -15,8 +15,8 @@ from dq_runtime.errors import SpecError
 from dq_runtime.modules.surgery import tied_names
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.checkpoint import packed_tensors, write_json, write_weights
-from dq_runtime.packing.quant_config import scheme_of, to_config
-from dq_runtime.runtime.skeleton import FOREIGN_PREFIX
+from dq_runtime.packing.float4 import shared_shift
+from dq_runtime.packing.quant_config import FOREIGN_PREFIX, is_standard, scheme_of, to_config
 from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec
 
@@ -35,7 +35,8 @@ def write_model(
 
     ``source.model`` still holds the unquantized tensors; those of the packed layers are skipped. ``dtype`` is the
     serving dtype of everything unquantized. ``transposed``: some packed layer is a Conv1D, which compressed-tensors
-    readers would leave randomly initialised, so the model type is renamed to make them fail instead.
+    readers would leave randomly initialised. Where they cannot serve something, that or a table they have no name for,
+    the model type is renamed to make them fail instead.
     """
     model = source.model
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -45,14 +46,15 @@ def write_model(
     config["dtype"] = str(dtype).removeprefix("torch.")
     dense_linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     schemes = {name: scheme_of(grid) for name, grid in grids.items()}
-    config["quantization_config"] = to_config(schemes, dense_linears, standard=not transposed)
-    if transposed:
+    config["quantization_config"] = to_config(schemes, dense_linears, transposed)
+    if transposed or not is_standard(schemes):
         config["model_type"] = FOREIGN_PREFIX + config["model_type"]
     write_json(directory / "config.json", config)
 
     tensors: dict[str, Tensor] = {}
+    shift = shared_shift(packed.values())
     for name, weight in packed.items():
-        tensors |= packed_tensors(name, weight)
+        tensors |= packed_tensors(name, weight, shift)
     for name, tensor in _dense_tensors(model, packed).items():
         stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):

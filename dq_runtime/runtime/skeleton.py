@@ -15,10 +15,9 @@ from dq_runtime.modules.quant_experts import QuantExperts, model_name, place_exp
 from dq_runtime.modules.quant_linear import QuantLinear
 from dq_runtime.modules.surgery import bias_of, linears, replace_module, tied_names, weight_of
 from dq_runtime.packing.checkpoint import Checkpoint
+from dq_runtime.packing.quant_config import FOREIGN_PREFIX
 from dq_runtime.runtime.tokenizer import load_tokenizer
 from dq_runtime.runtime.transformers_model import TransformersModel
-
-FOREIGN_PREFIX = "dq_"  # model_type of checkpoints that only we can read, so that others fail instead of guessing
 
 
 def load_through_transformers(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> TransformersModel:

@@ -305,7 +305,7 @@ def make_our_own() -> None:
         scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
         expected[layer] = PackedQuantizationCompressor.decompress(plain, scheme)["weight"]
     write_weights(directory, tensors)
-    write_json(directory / "config.json", CONFIG | {"quantization_config": to_config(schemes, [], standard=True)})
+    write_json(directory / "config.json", CONFIG | {"quantization_config": to_config(schemes, [])})
     (directory / "expected.json").unlink(missing_ok=True)  # is not part of the checkpoint
     write_sums(directory)
     write_expected(directory, {key: t.numpy() for key, t in expected.items()})

@@ -179,7 +179,7 @@ def test_packed_weights_survive_a_round_trip_through_the_disk(
     w = PackedWeight(pack_codes(codes, bits), torch.rand(n, groups).half() + 0.1, zero, bits, k)
     write_weights(tmp_path, {**packed_tensors("x.y", w), "x.norm": torch.ones(3)})
     schemes = {"x.y": Scheme(bits, group, symmetric)}
-    write_json(tmp_path / "config.json", {"quantization_config": to_config(schemes, ["lm_head"], standard=True)})
+    write_json(tmp_path / "config.json", {"quantization_config": to_config(schemes, ["lm_head"])})
     write_sums(tmp_path)
 
     opened = open_checkpoint(tmp_path)
@@ -349,7 +349,7 @@ def test_padding_bits_must_be_zero(tmp_path: Path) -> None:
     tensors = packed_tensors("x", w)
     tensors["x.weight_packed"][2, -1] |= 1 << 30
     write_weights(tmp_path, tensors)
-    config = to_config({"x": Scheme(3, -1, True)}, [], standard=True)
+    config = to_config({"x": Scheme(3, -1, True)}, [])
     write_json(tmp_path / "config.json", {"quantization_config": config})
     with pytest.raises(CheckpointError, match=r"x weight_packed .*padding"):
         list(open_checkpoint(tmp_path).packed())

@@ -67,7 +67,7 @@ def large(packed_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors |= packed_tensors(f"model.layers.{i}.{name}", w)
             schemes[f"model.layers.{i}.{name}"] = Scheme(BITS, GROUP, True)
     tensors = {n: t.bfloat16() if t.dtype is torch.float32 else t for n, t in tensors.items()}
-    config["quantization_config"] = to_config(schemes, ["lm_head"], standard=True)
+    config["quantization_config"] = to_config(schemes, ["lm_head"])
     write_json(path / "config.json", config)
     write_weights(path, tensors)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -224,7 +224,7 @@ def _write(directory: Path, config: Any, mixtral: bool, scheme: Scheme) -> tuple
             tensors[stored] = tensor.clone()
     settings = json.loads(model.config.to_json_string(use_diff=False))
     settings |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    settings["quantization_config"] = to_config(dict.fromkeys(layers, scheme), (), standard=True)
+    settings["quantization_config"] = to_config(dict.fromkeys(layers, scheme), ())
     directory.mkdir()
     write_json(directory / "config.json", settings)
     write_weights(directory, tensors)

@@ -3,7 +3,8 @@
 Per packed linear ``weight_packed`` int32 [N, W], ``weight_scale`` float [N, G], ``weight_shape`` int [2] and, where the
 scheme is asymmetric, ``weight_zero_point`` int32 [V, G] packed along out_features. W = ceil(K*b/32) words; before 0.18
 the library put 32 // b whole codes in a word, so that 3, 5, 6 and 7 bits took W = ceil(K / (32 // b)); that is read
-too. ``weight_g_idx`` int [K] of the deprecated ``actorder: group`` names the group of each column.
+too. ``weight_g_idx`` int [K] of the deprecated ``actorder: group`` names the group of each column. mxfp4 and nvfp4 have
+tensors of their own (float4.py); our tables (``quant_method: dq``) those of a symmetric layer.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dq_runtime.errors import CheckpointError
+from dq_runtime.levels import INT, LEVELS
 from dq_runtime.packing.directory import DirectoryCheckpoint, tensor_files
 from dq_runtime.packing.host import HostTensor, HostWeight, pack_rows, unpack_rows, words_per_row
-from dq_runtime.packing.quant_config import Scheme, Targets, from_config, orders_columns
+from dq_runtime.packing.quant_config import FLOAT_FORMATS, FOREIGN_PREFIX, Scheme, Targets, from_config, orders_columns
+from dq_runtime.packing.readers.float4 import FLOAT4_SUFFIXES, StoredFloat4
 from dq_runtime.packing.readers.values import dequantize, notes_on, serving_scale
 from dq_runtime.packing.tensor_file import TensorFile
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+SUFFIXES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
+)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -31,7 +41,7 @@ def open_compressed_tensors(directory: Path, config: dict[str, Any], scheme: dic
     where = str(directory / "config.json")
     targets = Targets(from_config(scheme, where), where)
     files = tensor_files(directory)
-    suffixes = (*SUFFIXES[:3], "weight_g_idx") if orders_columns(scheme) else SUFFIXES[:3]
+    ordered = orders_columns(scheme)
     layers: dict[str, Scheme] = {}
     dense = []
     for name in files:
@@ -46,15 +56,17 @@ def open_compressed_tensors(directory: Path, config: dict[str, Any], scheme: dic
     if not layers:
         raise CheckpointError(f"{directory} holds no packed weights, although its config says it is quantized")
     for layer, stored in layers.items():
-        _verify_names(layer, suffixes if stored.symmetric else (*suffixes, "weight_zero_point"), files, directory)
+        _verify_names(layer, _suffixes(stored, ordered), files, directory)
     reasons = {}
     for layer, stored in layers.items():
-        reason = _Stored(layer, stored, files, directory).reason()
+        reason = _stored(layer, stored, files, directory).reason()
         if reason is not None:
             reasons[layer] = reason
     packed = {layer: s for layer, s in layers.items() if layer not in reasons}
     dense += [f"{layer}.weight" for layer in reasons]
     spread = {layer: layers[layer] for layer in reasons}
+    if any(s.form != INT for s in layers.values()) and not scheme.get("transposed"):
+        config = config | {"model_type": str(config.get("model_type", "")).removeprefix(FOREIGN_PREFIX)}
     return CompressedTensors(directory, config, packed, tuple(dense), notes_on(reasons.items()), files, spread)
 
 
@@ -78,11 +90,27 @@ class CompressedTensors(DirectoryCheckpoint):
     def array(self, name: str) -> HostTensor:
         layer = name.removesuffix(".weight")
         if layer in self.spread and name != layer:
-            return _Stored(layer, self.spread[layer], self.files, self.path).values()
+            return _stored(layer, self.spread[layer], self.files, self.path).values()
         return super().array(name)
 
     def weight(self, layer: str) -> HostWeight:
-        return _Stored(layer, self.layers[layer], self.files, self.path).weight()
+        return _stored(layer, self.layers[layer], self.files, self.path).weight()
+
+
+def _suffixes(scheme: Scheme, ordered: bool) -> tuple[str, ...]:
+    """The tensors that a layer of this scheme has."""
+    if scheme.form in FLOAT_FORMATS:
+        return FLOAT4_SUFFIXES[scheme.form]
+    wanted = (*SUFFIXES[:3], "weight_g_idx") if ordered else SUFFIXES[:3]
+    return wanted if scheme.symmetric else (*wanted, "weight_zero_point")
+
+
+def _stored(layer: str, scheme: Scheme, files: dict[str, TensorFile], path: Path) -> _Stored | StoredFloat4:
+    """The layer by the kind of its tensors."""
+    if scheme.form in FLOAT_FORMATS:
+        tensors = {s: files[f"{layer}.{s}"].tensor(f"{layer}.{s}") for s in FLOAT4_SUFFIXES[scheme.form]}
+        return StoredFloat4(f"{path}: {layer}", scheme.form, tensors)
+    return _Stored(layer, scheme, files, path)
 
 
 class _Stored:
@@ -132,10 +160,13 @@ class _Stored:
         scale = serving_scale(self._scale())
         if scale is None:  # only if the file changed since it was opened
             raise self._bad("weight_scale needs more than 16 bits")
-        return HostWeight(self._packed(), scale, self._zero(), self.scheme.bits, self.k)
+        return HostWeight(self._packed(), scale, self._zero(), self.scheme.bits, self.k, self.scheme.form)
 
     def values(self) -> HostTensor:
         codes = unpack_rows(self._packed(), self.scheme.bits, self.k)
+        if self.scheme.form != INT:
+            levels = np.array(LEVELS[self.scheme.form], np.float32)[codes]
+            return HostTensor(levels * self._scale().float32()[:, _in_order(self.k, self.groups)], "float32")
         zero = self._zero()
         middle = 2 ** (self.scheme.bits - 1)
         group_of = _in_order(self.k, self.groups) if self._group_of is None else self._group_of

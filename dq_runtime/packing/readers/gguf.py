@@ -1,8 +1,8 @@
-"""GGUF (llama.cpp): Q4_0 and Q8_0 linears kept packed, everything else dequantized. Llama, Qwen2 and Qwen3.
+"""GGUF (llama.cpp): Q4_0, Q8_0 and MXFP4 linears kept packed, everything else dequantized. Llama, Qwen2 and Qwen3.
 
 A Q4_0 block of 32 weights is d float16 and 32 codes of 4 bits, the first 16 in the low nibbles: d * (code - 8). A Q8_0
 block is d and 32 signed bytes: d * byte, which is d * (code - 128). Both are our symmetric grid with groups of 32,
-whose scales may be negative. Q4_1 is not: its d * code + m has a minimum of its own, where our zero points are codes.
+whose scales may be negative. An MXFP4 block is e8m0 and the same nibbles, of e2m1. Q4_1 is not: its d * code + m has a minimum of its own, where our zero points are codes.
 
 llama.cpp's converter interleaves the two halves of every head of q and k in files of the architecture "llama", for its
 own order of the rotary embedding; here the rows are put back. Other files are refused with a reason: transformers may
@@ -19,16 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dq_runtime.errors import CheckpointError, DQError
+from dq_runtime.levels import INT
 from dq_runtime.packing.checkpoint import Checkpoint, NotPackedError
 from dq_runtime.packing.gguf_file import GgufFile
 from dq_runtime.packing.host import HostTensor, HostWeight
 from dq_runtime.packing.quant_config import Scheme
+from dq_runtime.packing.readers.float4 import StoredFloat4
 from dq_runtime.packing.readers.gguf_model import GgufModel, read_model
 from dq_runtime.packing.readers.values import notes_on
 
 BLOCK = 32
-F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30
-BITS = {Q4_0: 4, Q8_0: 8}
+F32, F16, Q4_0, Q8_0, BF16, MXFP4 = 0, 1, 2, 8, 30, 39
+BITS = {Q4_0: 4, Q8_0: 8, MXFP4: 4}
 _PLAIN = {F32: ("float32", np.float32), F16: ("float16", np.float16), BF16: ("bfloat16", np.uint16)}
 
 
@@ -54,7 +56,8 @@ def open_gguf(path: Path) -> Checkpoint:
         kind = file.tensors[stored].kind
         linear = name.endswith("_proj.weight") or name == "lm_head.weight"
         if linear and kind in BITS:
-            layers[name.removesuffix(".weight")] = Scheme(BITS[kind], BLOCK, True)
+            form = "mxfp4" if kind == MXFP4 else INT
+            layers[name.removesuffix(".weight")] = Scheme(BITS[kind], BLOCK, True, form)
             continue
         dense.append(name)
         if kind not in _PLAIN and kind not in BITS:
@@ -95,6 +98,10 @@ class Gguf(Checkpoint):
         rows = self.model.row_order(name)
         if rows is not None:
             blocks = blocks[rows]
+        if tensor.kind == MXFP4:
+            stored_as = {"weight_packed": _nibbles(blocks[:, :, 1:]).reshape(n, -1), "weight_scale": blocks[:, :, 0]}
+            tensors = {suffix: HostTensor(np.ascontiguousarray(v), "uint8") for suffix, v in stored_as.items()}
+            return StoredFloat4(f"{self.path}: {stored}", "mxfp4", tensors).weight()
         scale = HostTensor(np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0], "float16")
         if not scale.is_finite():
             raise CheckpointError(f"{self.path}: {stored} holds a scale that is not finite")
@@ -115,7 +122,7 @@ def _dequantized(raw: NDArray[np.uint8], kind: int) -> NDArray[np.float32]:
     return values
 
 
-def _q4_0(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Bytes [N, G, 16] with code i low and i + 16 high -> with 2i low and 2i + 1 high; two bytes at a time."""
     pairs = np.ascontiguousarray(codes).view("<u2")
     packed = np.empty(codes.shape, np.uint8)
@@ -129,4 +136,4 @@ def _q8_0(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return codes ^ np.uint8(0x80)
 
 
-_CODES: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {Q4_0: _q4_0, Q8_0: _q8_0}
+_CODES: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {Q4_0: _nibbles, Q8_0: _q8_0}

@@ -71,6 +71,7 @@ def join(parts: TorchParts) -> TorchParts:
         torch.cat(zeros) if zeros else None,
         packed[0].bits,
         packed[0].k,
+        packed[0].form,
     )
     return (Linear(joined, bias),)
 
@@ -78,5 +79,7 @@ def join(parts: TorchParts) -> TorchParts:
 def _kind(part: Linear[Tensor, PackedWeight]) -> tuple[object, ...]:
     """Linears of one kind can be joined."""
     w = part.weight
-    stored = (w.bits, w.group_size, w.zero is None, w.scale.dtype) if isinstance(w, PackedWeight) else (w.dtype,)
+    stored = (
+        (w.bits, w.form, w.group_size, w.zero is None, w.scale.dtype) if isinstance(w, PackedWeight) else (w.dtype,)
+    )
     return (*stored, None if part.bias is None else part.bias.dtype)

@@ -79,7 +79,7 @@ class TritonCuda:
         from dq_kernels.qmm import qmm
 
         with _on(x):
-            y: Tensor = qmm(x, w.packed, w.scale, w.zero, bits=w.bits)
+            y: Tensor = qmm(x, w.packed, w.scale, w.zero, bits=w.bits, form=w.form)
         return y
 
     def prepare(self, w: PackedWeight, x_dtype: torch.dtype) -> PreparedWeight | None:
@@ -90,9 +90,9 @@ class TritonCuda:
         from dq_kernels.stream_layout import stream_weight
 
         with _on(w.packed):
-            s = stream_weight(w.packed, w.scale.to(x_dtype), w.zero, bits=w.bits, k=w.k)
+            s = stream_weight(w.packed, w.scale.to(x_dtype), w.zero, bits=w.bits, k=w.k, form=w.form)
         tensors = (s.words, s.scale) if s.zero is None else (s.words, s.scale, s.zero)
-        return PreparedWeight(self.name, tensors, w.n, w.k, w.bits, w.group_size, w.zero is None, x_dtype)
+        return PreparedWeight(self.name, tensors, w.n, w.k, w.bits, w.group_size, w.zero is None, x_dtype, w.form)
 
     def qmm_prepared(self, x: Tensor, w: PreparedWeight) -> Tensor:
         if x.dtype != w.x_dtype:  # the scales' bits are in that dtype
@@ -103,7 +103,7 @@ class TritonCuda:
         zero = None if w.symmetric else w.tensors[2]
         group = 0 if w.group_size == w.k else w.group_size
         with _on(x):
-            y: Tensor = qmm_prepared(x, StreamWeight(*w.tensors[:2], zero, w.bits, w.k, group, w.x_dtype))
+            y: Tensor = qmm_prepared(x, StreamWeight(*w.tensors[:2], zero, w.bits, w.k, group, w.x_dtype, w.form))
         return y
 
     def prepare_experts(self, experts: Sequence[PackedWeight], x_dtype: torch.dtype) -> PreparedWeight | None:
@@ -120,7 +120,9 @@ class TritonCuda:
         zero = None if w.symmetric else w.tensors[2]
         group = 0 if w.group_size == w.k else w.group_size
         with _on(x):
-            y: Tensor = qmm_grouped(x, ExpertWeight(*w.tensors[:2], zero, w.bits, w.k, group, w.x_dtype), expert_of)
+            y: Tensor = qmm_grouped(
+                x, ExpertWeight(*w.tensors[:2], zero, w.bits, w.k, group, w.x_dtype, w.form), expert_of
+            )
         return y
 
 

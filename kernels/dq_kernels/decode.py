@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
+
+from dq_kernels.levels import E2M1, NF4, level
 
 BF16_ONE, FP16_ONE = 0x4300, 0x6400  # 128.0 and 1024.0: one unit in the last place is 1
 
@@ -48,6 +51,37 @@ def _spare(magic: int) -> tl.constexpr:
     )
 
 
+def _lookup(levels: Sequence[float], dtype: torch.dtype) -> tl.constexpr:
+    """PTX: one register of two words of 4 fields in, for each field one register of its two levels out.
+
+    A byte permutation picks 4 of 8 bytes by the low 3 bits of a word's nibbles: two look up a byte of 16 levels, one
+    makes the mask that chooses between them, and a last round puts low and high bytes side by side. 3.4 instructions a
+    weight, for any table.
+    """
+    bits = torch.tensor(levels).to(dtype).view(torch.int16).tolist()
+
+    def four(first: int, byte: int) -> str:
+        return f"0x{sum((bits[first + i] >> 8 * byte & 255) << 8 * i for i in range(4)):08X}"
+
+    lines = [
+        ".reg .b32 t, c0, c1, b0, b1, m, p, q, l0, l1, h0, h1, u0, u1, v0, v1;",
+        "and.b32 c0, $4, 0x77777777;", "shr.u32 c1, c0, 16;", "shr.u32 t, $4, 3;", "and.b32 b0, t, 0x11111111;",
+        "shr.u32 b1, b0, 16;",
+    ]  # fmt: skip
+    for e in range(2):
+        lines.append(f"prmt.b32 m, 0x0000FF00, 0, b{e};")
+        for byte, name in enumerate("lh"):
+            lines += [
+                f"prmt.b32 p, {four(0, byte)}, {four(4, byte)}, c{e};",
+                f"prmt.b32 q, {four(8, byte)}, {four(12, byte)}, c{e};",
+                f"lop3.b32 {name}{e}, m, q, p, 0xCA;",
+            ]
+        lines += [f"prmt.b32 u{e}, l{e}, h{e}, 0x5140;", f"prmt.b32 v{e}, l{e}, h{e}, 0x7362;"]
+    for out, (name, order) in enumerate((("u", "0x5410"), ("u", "0x7632"), ("v", "0x5410"), ("v", "0x7632"))):
+        lines.append(f"prmt.b32 ${out}, {name}0, {name}1, {order};")
+    return tl.constexpr("{ " + "\n".join(lines) + " }")
+
+
 TAKES_2 = [(0, 0x03), (0, 0x0C), (0, 0x30), (6, 0x03), (6, 0x0C), (6, 0x30), (12, 0x03), (12, 0x0C)]
 TAKES_3 = [(0, 0x07), (0, 0x38), (6, 0x07), (6, 0x38), (12, 0x07)]
 TAKES_4 = [(0, 0x0F), (4, 0x0F), (8, 0x0F), (12, 0x0F)]
@@ -61,6 +95,8 @@ ASM3_BF16, ASM3_FP16 = _fields(TAKES_3, BF16_ONE), _fields(TAKES_3, FP16_ONE)
 ASM4_BF16, ASM4_FP16 = _fields(TAKES_4, BF16_ONE), _fields(TAKES_4, FP16_ONE)
 # fp16 has room for 8 bits: (a & b) ^ c flips the top bit back.
 ASM8_BF16, ASM8_FP16 = _fields(TAKES_8, BF16_ONE), _fields(TAKES_8_FP16, FP16_ONE | 0x80, lut="0x6A")
+ASM_NF4_BF16, ASM_NF4_FP16 = _lookup(NF4.value, torch.bfloat16), _lookup(NF4.value, torch.float16)
+ASM_E2M1_BF16, ASM_E2M1_FP16 = _lookup(E2M1.value, torch.bfloat16), _lookup(E2M1.value, torch.float16)
 ASM3_SPARE_BF16, ASM3_SPARE_FP16 = _spare(BF16_ONE), _spare(FP16_ONE)
 
 
@@ -143,6 +179,26 @@ def fields4(w, COMPUTE: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def levels4(w, COMPUTE: tl.constexpr, PLAIN: tl.constexpr, TABLE: tl.constexpr):
+    """The levels of the 4 fields of 4-bit words, rounded to COMPUTE (exactly, where the table is e2m1)."""
+    if PLAIN:
+        return (
+            level(take(w, 0, 15, tl.int32), TABLE).to(COMPUTE), level(take(w, 4, 15, tl.int32), TABLE).to(COMPUTE),
+            level(take(w, 8, 15, tl.int32), TABLE).to(COMPUTE), level(take(w, 12, 15, tl.int32), TABLE).to(COMPUTE),
+        )  # fmt: skip
+    BF16: tl.constexpr = ASM_NF4_BF16 if TABLE == "nf4" else ASM_E2M1_BF16
+    FP16: tl.constexpr = ASM_NF4_FP16 if TABLE == "nf4" else ASM_E2M1_FP16
+    q0, q1, q2, q3 = tl.inline_asm_elementwise(
+        FP16 if tl.float16 == COMPUTE else BF16, "=r,=r,=r,=r,r", [w],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+    )  # fmt: skip
+    return (
+        q0.to(COMPUTE, bitcast=True), q1.to(COMPUTE, bitcast=True), q2.to(COMPUTE, bitcast=True),
+        q3.to(COMPUTE, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
 def fields8(w, COMPUTE: tl.constexpr, PLAIN: tl.constexpr):
     """code - 128 of the 2 fields of 8-bit words."""
     if PLAIN:
@@ -204,11 +260,13 @@ def value(q, TIMES: tl.constexpr, column, ONE: tl.constexpr):
 def step_tile(
     w_ptr, s_ptr, z_ptr, rn, N, step, BITS: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr,
     HAS_ZERO: tl.constexpr, COMPUTE: tl.constexpr, SCALE: tl.constexpr, PLAIN: tl.constexpr,
+    TABLE: tl.constexpr = "int",
 ):  # fmt: skip
     """Weights [BN, STEP] in COMPUTE of rows ``rn`` and the STEP columns from ``step * STEP`` on.
 
     STEP is the K-block of the order (stream_layout.py). One scale a row (GROUP 0) is left to the caller, who applies it
-    to the sums. PLAIN: no PTX, and nothing added by the fields.
+    to the sums. PLAIN: no PTX, and nothing added by the fields. TABLE: "int", or the table (levels.py) that codes of 4
+    bits are places in.
     """
     ONE: tl.constexpr = 0.0 if PLAIN else (1024.0 if tl.float16 == COMPUTE else 128.0)
     row = rn.to(tl.int64)[:, None]
@@ -230,12 +288,17 @@ def step_tile(
         )
     elif BITS == 4:
         w = tl.load(w_ptr + (step.to(tl.int64) * N + row) * 32 + tl.arange(0, 32)[None, :])
-        q0, q1, q2, q3 = fields4(w, COMPUTE, PLAIN)
+        if TABLE == "int":
+            q0, q1, q2, q3 = fields4(w, COMPUTE, PLAIN)
+        else:
+            q0, q1, q2, q3 = levels4(w, COMPUTE, PLAIN, TABLE)
         source = (s_ptr, z_ptr, rn, N, step * 4)
         g0 = group_columns(source, 0, 4, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE)
         g1 = group_columns(source, 1, 4, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE)
         g2 = group_columns(source, 2, 4, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE)
         g3 = group_columns(source, 3, 4, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE)
+        if TABLE != "int":
+            return cat2(cat2(q0 * g0[0], q1 * g1[0]), cat2(q2 * g2[0], q3 * g3[0]))
         return cat2(
             cat2(value(q0, 1, g0, ONE), value(q1, 1, g1, ONE)), cat2(value(q2, 1, g2, ONE), value(q3, 1, g3, ONE))
         )

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dq_kernels.case import Case
+from dq_kernels.levels import TABLE_OF, level
 
 # Tile of the dequantise kernel: 32 x 128 outputs are 256 contiguous bytes a row in 16 bits, 32 a thread at 4 warps.
 DENSE_TILE = {"BN": 32, "BK": 128, "num_warps": 4, "num_stages": 1}
@@ -58,9 +59,10 @@ def codes_tile(
 def dequant_tile(
     packed_ptr, scale_ptr, zero_ptr, row, k0,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-    COMPUTE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    COMPUTE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TABLE: tl.constexpr = "int",
 ):  # fmt: skip
-    """(code - zero) [BN, BK] in COMPUTE, and scale [BN] float32, of one K tile inside one group.
+    """(code - zero) [BN, BK] in COMPUTE, or the code's level in a table, and scale [BN] float32, of one K tile inside one
+    group.
 
     Every integer from -255 to 255 is exact in bf16 and fp16, so nothing has been rounded yet: the caller applies the
     scale in float32, after the dot product or before its one rounding. fp16 never sees a bf16 scale it cannot hold.
@@ -69,6 +71,8 @@ def dequant_tile(
     G: tl.constexpr = 1 if GROUP == 0 else K // GROUP
     at = row * G + (0 if GROUP == 0 else k0 // GROUP)
     scale = tl.load(scale_ptr + at).to(tl.float32)
+    if TABLE != "int":
+        return level(codes, TABLE).to(COMPUTE), scale
     zero = tl.load(zero_ptr + at).to(tl.int32)[:, None] if HAS_ZERO else 2 ** (BITS - 1)
     return (codes - zero).to(COMPUTE), scale
 
@@ -77,7 +81,7 @@ def dequant_tile(
 def dequant_kernel(
     packed_ptr, scale_ptr, zero_ptr, out_ptr, N,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, TABLE: tl.constexpr = "int",
 ):  # fmt: skip
     """out_NK[tile] = scale * (code - zero), one rounding from float32. Grid: (ceil(N / BN), ceil(K / BK))."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -85,7 +89,7 @@ def dequant_kernel(
     # Rows past N re-read the last row: loads stay in bounds without a mask, and the store drops them.
     row = tl.minimum(n, N - 1).to(tl.int64)
     centred, scale = dequant_tile(
-        packed_ptr, scale_ptr, zero_ptr, row, k0, K, BITS, GROUP, HAS_ZERO, tl.float32, BN, BK
+        packed_ptr, scale_ptr, zero_ptr, row, k0, K, BITS, GROUP, HAS_ZERO, tl.float32, BN, BK, TABLE
     )  # fmt: skip
     value = centred * scale[:, None]
     k = k0 + tl.arange(0, BK)
@@ -144,6 +148,7 @@ def dequantize(
     k: int,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    form: str = "int",
 ) -> Tensor:
     """int32 [N, W], bf16/fp16 [N, G], uint8 [N, G] or None -> dense [N, K] in ``dtype``, each value rounded once.
 
@@ -160,7 +165,7 @@ def dequantize(
     written = stage(out)
     dequant_kernel[grid](
         packed, scale, scale if zero is None else zero, written, n,
-        K=k, BITS=bits, GROUP=group, HAS_ZERO=zero is not None, BN=tile["BN"], BK=bk,
+        K=k, BITS=bits, GROUP=group, HAS_ZERO=zero is not None, BN=tile["BN"], BK=bk, TABLE=TABLE_OF[form],
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
     return out if written is out else out.copy_(written)

@@ -44,6 +44,7 @@ class ExpertWeight:
     k: int
     group: int
     dtype: torch.dtype
+    form: str = "int"
 
     @property
     def experts(self) -> int:
@@ -56,7 +57,7 @@ class ExpertWeight:
     def expert(self, e: int) -> StreamWeight:
         """The weight of expert ``e``, a view."""
         zero = None if self.zero is None else self.zero[e]
-        return StreamWeight(self.words[e], self.scale[e], zero, self.bits, self.k, self.group, self.dtype)
+        return StreamWeight(self.words[e], self.scale[e], zero, self.bits, self.k, self.group, self.dtype, self.form)
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def grouped_kernel(
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr,
     COMPUTE: tl.constexpr, SCALE: tl.constexpr, TOP_K: tl.constexpr, SCALE_ROWS: tl.constexpr,
     ZERO_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PLAIN: tl.constexpr,
+    TABLE: tl.constexpr = "int",
 ):  # fmt: skip
     """y[pair] = x[pair // TOP_K] @ W[expert of its tile].T. Grid: (tiles, ceil(N / BN)): an expert's tiles follow each
     other, so they find its weights in L2. ``SCALE_ROWS``, ``ZERO_ROWS``: words a column of N has of each."""
@@ -160,7 +162,7 @@ def grouped_kernel(
     for step in tl.range(0, STEPS, num_stages=STAGES):
         acc = dot_step(
             acc, x_row, keep_m, w_ptr, s_ptr, z_ptr, rn, N, step, K, STEP, STEPS, 1, BITS, GROUP, MIDDLE, HAS_ZERO,
-            COMPUTE, SCALE, PLAIN,
+            COMPUTE, SCALE, PLAIN, TABLE,
         )  # fmt: skip
     finish(acc, s_ptr, y_ptr, rn, n, pair, PAIRS, N, GROUP, SCALE)
 

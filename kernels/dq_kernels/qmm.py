@@ -22,7 +22,14 @@ SCRATCH_ROWS = 2048
 
 
 def qmm(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, out: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    out: Tensor | None = None,
+    form: str = "int",
 ) -> Tensor:
     """x [M, K] bf16/fp16/fp32, int32 [N, W], bf16/fp16 [N, G], uint8 [N, G] or None -> y [M, N] in x's dtype.
 
@@ -31,7 +38,8 @@ def qmm(
 
     def decode(start: int, stop: int, scratch: Tensor) -> None:
         zeros = None if zero is None else zero[start:stop]
-        dequantize(packed[start:stop], scale[start:stop], zeros, bits=bits, k=x.shape[1], dtype=x.dtype, out=scratch)
+        part = packed[start:stop], scale[start:stop], zeros
+        dequantize(*part, bits=bits, k=x.shape[1], dtype=x.dtype, out=scratch, form=form)
 
     return _dense(x, packed.shape[0], decode, out)
 

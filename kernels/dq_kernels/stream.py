@@ -24,6 +24,7 @@ from torch import Tensor
 from dq_kernels.case import Case
 from dq_kernels.decode import step_tile
 from dq_kernels.dequant import TL_DTYPES, compute_dtype, stage
+from dq_kernels.levels import TABLE_OF
 from dq_kernels.stream_layout import StreamWeight, stream_bits
 
 
@@ -42,13 +43,13 @@ class Tile:
 def dot_step(
     acc, x_row, keep_m, w_ptr, s_ptr, z_ptr, rn, N, step, K: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     SPLIT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr,
-    COMPUTE: tl.constexpr, SCALE: tl.constexpr, PLAIN: tl.constexpr,
+    COMPUTE: tl.constexpr, SCALE: tl.constexpr, PLAIN: tl.constexpr, TABLE: tl.constexpr = "int",
 ):  # fmt: skip
     """acc [BN, BM] + W[rows, step] @ x[tokens, step].T."""
     # Where SPLIT does not divide the steps, the last piece repeats the last one, with x masked to 0.
     inside = tl.minimum(step, STEPS - 1) if STEPS % SPLIT != 0 else step
     a = step_tile(
-        w_ptr, s_ptr, z_ptr, rn, N, inside, BITS, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE, PLAIN
+        w_ptr, s_ptr, z_ptr, rn, N, inside, BITS, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE, PLAIN, TABLE
     )  # fmt: skip
     k = step * STEP + tl.arange(0, STEP)
     keep = keep_m[None, :]
@@ -63,7 +64,7 @@ def stream_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, partial_ptr, arrived_ptr, M, N,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr,
     COMPUTE: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PLAIN: tl.constexpr,
+    STAGES: tl.constexpr, PLAIN: tl.constexpr, TABLE: tl.constexpr = "int",
 ):  # fmt: skip
     """y_MN = x_MK @ W_NK.T. Grid: (ceil(M / BM), ceil(N / BN), SPLIT).
 
@@ -85,7 +86,7 @@ def stream_kernel(
     for i in tl.range(0, EACH, num_stages=STAGES):
         acc = dot_step(
             acc, x_row, keep_m, w_ptr, s_ptr, z_ptr, rn, N, first + i, K, STEP, STEPS, SPLIT, BITS, GROUP,
-            MIDDLE, HAS_ZERO, COMPUTE, SCALE, PLAIN,
+            MIDDLE, HAS_ZERO, COMPUTE, SCALE, PLAIN, TABLE,
         )  # fmt: skip
     if SPLIT > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -144,7 +145,7 @@ def constants(w: StreamWeight, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "K": w.k, "BITS": stream_bits(w.bits), "GROUP": w.group, "MIDDLE": float(2 ** (w.bits - 1)),
         "HAS_ZERO": w.zero is not None, "COMPUTE": compute_dtype(dtype), "SCALE": TL_DTYPES[w.dtype],
-        "PLAIN": triton.knobs.runtime.interpret,
+        "PLAIN": triton.knobs.runtime.interpret, "TABLE": TABLE_OF[w.form],
     }  # fmt: skip
 
 
@@ -182,14 +183,14 @@ def qmm_stream(x: Tensor, w: StreamWeight, tile: Tile, out: Tensor | None = None
 def decode_kernel(
     w_ptr, s_ptr, z_ptr, out_ptr, N, start, stop,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr,
-    COMPUTE: tl.constexpr, SCALE: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr,
+    COMPUTE: tl.constexpr, SCALE: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, TABLE: tl.constexpr = "int",
 ):  # fmt: skip
     """out_NK = the weights of rows start .. stop-1. Grid: (ceil((stop - start) / BN), K-blocks)."""
     STEP: tl.constexpr = 64 if BITS == 8 else 128
     n = start + tl.program_id(0) * BN + tl.arange(0, BN)
     rn = tl.minimum(n, N - 1)
     step = tl.program_id(1)
-    values = step_tile(w_ptr, s_ptr, z_ptr, rn, N, step, BITS, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE, PLAIN)
+    values = step_tile(w_ptr, s_ptr, z_ptr, rn, N, step, BITS, GROUP, MIDDLE, HAS_ZERO, COMPUTE, SCALE, PLAIN, TABLE)
     if GROUP == 0:
         values = values * tl.load(s_ptr + rn).to(tl.int16).to(SCALE, bitcast=True).to(COMPUTE)[:, None]
     k = step * STEP + tl.arange(0, STEP)
@@ -229,6 +230,14 @@ def offline_cases() -> list[Case]:
                 (first, 64, True, "bf16", 576, 1),
             ]
             cases += [_case(arch, bits, *kind) for kind in kinds]
+        # Tables: one small and one large tile, in both dtypes, and one scale a row.
+        rows = table_for(arch)[4]
+        for table, row, group, dtype in (
+            ("nf4", rows[0], 64, "bf16"), ("nf4", rows[-1], 0, "fp16"), ("e2m1", rows[0], 32, "fp16"),
+            ("e2m1", rows[-1], 32, "bf16"),
+        ):  # fmt: skip
+            tile = (row.BM, row.BN, row.num_warps, row.num_stages)
+            cases.append(_case(arch, 4, tile, group, False, dtype, 4096, 1, table))
     # Chips that none of us has had: each table's largest tile, at the two widths that matter most.
     for arch in (86, 100, 120):
         for bits in (3, 4):
@@ -241,19 +250,23 @@ def offline_cases() -> list[Case]:
 # LOP3 + SHF + PRMT + I2F a weight in the loop: the design needs 0.9 to 1.4 (gates below leave room for addresses);
 # unpacking by Triton's own shifts and conversions takes 2.6 to 4.2.
 MAX_INT_OPS = {2: 1.0, 3: 1.3, 4: 1.3, 8: 2.6}
+MAX_TABLE_INT_OPS = 4.0  # 3.4 for the lookup
 
 
 def _case(
-    arch: int, bits: int, tile: tuple[int, int, int, int], group: int, zero: bool, dtype: str, k: int, split: int
-) -> Case:
+    arch: int, bits: int, tile: tuple[int, int, int, int], group: int, zero: bool, dtype: str, k: int, split: int,
+    table: str = "int",
+) -> Case:  # fmt: skip
     BM, BN, num_warps, num_stages = tile
     compute = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*i32", "z_ptr": "*i32", "y_ptr": f"*{dtype}"}
     constants = {
         "K": k, "BITS": bits, "GROUP": group, "MIDDLE": float(2 ** (bits - 1)), "HAS_ZERO": zero, "COMPUTE": compute,
         "SCALE": compute, "BM": BM, "BN": BN, "SPLIT": split, "STAGES": num_stages, "PLAIN": False,
+        "TABLE": table,
     }  # fmt: skip
-    kind = f"{bits}-bit {'asym' if zero else 'sym'} {f'g{group}' if group else 'row'} {dtype} K={k}"
+    name = f"{bits}-bit" if table == "int" else table
+    kind = f"{name} {'asym' if zero else 'sym'} {f'g{group}' if group else 'row'} {dtype} K={k}"
     plain = not zero and group == 64 and dtype == "bf16" and k == 4096
     return Case(
         label=f"stream {kind} {BM}x{BN}/{split} w{num_warps} s{num_stages}",
@@ -267,5 +280,5 @@ def _case(
         async_copies=True,
         no_i2f=not zero,
         weights_per_thread=BN * (64 if bits == 8 else 128) // (32 * num_warps),
-        max_int_ops={90: MAX_INT_OPS[bits]} if plain and BM <= 64 else {},
+        max_int_ops={90: MAX_INT_OPS[bits] if table == "int" else MAX_TABLE_INT_OPS} if plain and BM <= 64 else {},
     )

@@ -57,7 +57,8 @@ class StreamWeight:
     """A weight [N, K] for the streaming kernel.
 
     ``words`` int16 [blocks, planes, N, P]; ``scale`` int32 [ceil(G/2), N], pairs of bf16 or fp16 (``dtype``); ``zero``
-    int32 [ceil(G/4), N] or None for the middle code of ``bits``, the width of the codes themselves.
+    int32 [ceil(G/4), N] or None for the middle code of ``bits``, the width of the codes themselves; ``form`` "int", or
+    the name of what else codes mean (levels.py).
     """
 
     words: Tensor
@@ -67,6 +68,7 @@ class StreamWeight:
     k: int
     group: int
     dtype: torch.dtype
+    form: str = "int"
 
     @property
     def n(self) -> int:
@@ -120,7 +122,9 @@ def column_codes(packed_ptr, row, k0, K: tl.constexpr, BITS: tl.constexpr, BN: t
     return tl.where((k0 + tl.arange(0, P) < K)[None, :], codes, 0)
 
 
-def stream_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, k: int) -> StreamWeight:
+def stream_weight(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, k: int, form: str = "int"
+) -> StreamWeight:
     """int32 [N, W], bf16/fp16 [N, G], uint8 [N, G] or None -> the same weight in streaming order."""
     check_weight(packed, scale, zero, bits, k)
     if k % 32:
@@ -138,7 +142,7 @@ def stream_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, *, bits: i
     groups = blocks * order.block // group if group else 1  # the padding's too: a NaN read there times 0 is NaN
     halves = scale.view(torch.int16).to(torch.int32) & 0xFFFF
     zeros = None if zero is None else _side_by_side(zero.to(torch.int32), 4, groups)
-    return StreamWeight(words, _side_by_side(halves, 2, groups), zeros, bits, k, group, scale.dtype)
+    return StreamWeight(words, _side_by_side(halves, 2, groups), zeros, bits, k, group, scale.dtype, form)
 
 
 def _side_by_side(values: Tensor, count: int, at_least: int) -> Tensor:

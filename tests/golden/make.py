@@ -225,6 +225,38 @@ def make_compressed_tensors(name: str, schemes: list[dict[str, Any]]) -> None:
     write(name, tensors, json.loads(config.model_dump_json()), expected)
 
 
+def make_float4(name: str, form: str) -> None:
+    """mxfp4 or nvfp4; in nvfp4 down_proj has the global scale that llm-compressor gives it, and the others a power of
+    two, as those that dq_runtime writes."""
+    from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
+    from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor, unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+    from compressed_tensors.quantization.quant_scheme import MXFP4A16, NVFP4A16
+
+    preset, packer = {"mxfp4": (MXFP4A16, MXFP4PackedCompressor), "nvfp4": (NVFP4A16, NVFP4PackedCompressor)}[form]
+    scheme = QuantizationScheme(targets=["Linear"], **preset)
+    generator = torch.Generator().manual_seed(40 + len(name))
+    tensors, expected = others(generator), {}
+    for layer, (n, k) in SHAPES.items():
+        weight = torch.randn(n, k, generator=generator) * 0.05
+        largest = weight.view(n, -1, scheme.weights.group_size).abs().amax(-1)
+        state = {"weight": weight, "weight_scale": 2.0 ** (largest.log2().floor() - 2)}
+        if form == "nvfp4":
+            whole = 448 * 6 / weight.abs().max()
+            whole = whole if layer.endswith("down_proj") else 2.0 ** whole.log2().floor()
+            state |= {"weight_scale": largest / 6 * whole, "weight_global_scale": whole.reshape(1)}
+            state["weight_scale"] = state["weight_scale"].to(torch.float8_e4m3fn).float()
+        stored = packer.compress(state, scheme)
+        tensors |= {f"{layer}.{suffix}": t for suffix, t in stored.items()}
+        values = unpack_fp4_from_uint8(stored["weight_packed"], n, k, torch.float32)
+        scale = packer._decompress_scale(stored["weight_scale"], torch.float32)
+        whole = stored.get("weight_global_scale")
+        expected[layer] = dequantize(values, scale, args=scheme.weights, global_scale=whole, dtype=torch.float32)
+    config = QuantizationConfig(config_groups={"group_0": scheme}, format=f"{form}-pack-quantized", ignore=["lm_head"])
+    write(name, tensors, json.loads(config.model_dump_json()), expected)
+
+
 def make_gguf() -> None:
     import gguf
     from gguf import GGMLQuantizationType as Kind
@@ -238,7 +270,7 @@ def make_gguf() -> None:
         f"{ATTENTION}.o_proj": "blk.0.attn_output",
         **{f"{MLP}.{x}_proj": f"blk.0.ffn_{x}" for x in ("gate", "up", "down")},
     }
-    for seed, (kind, down) in enumerate([(Kind.Q4_0, Kind.Q4_1), (Kind.Q8_0, Kind.Q5_0)]):
+    for seed, (kind, down) in enumerate([(Kind.Q4_0, Kind.Q4_1), (Kind.Q8_0, Kind.Q5_0), (Kind.MXFP4, Kind.Q5_1)]):
         directory = HERE / f"gguf-{kind.name.lower()}"
         directory.mkdir(exist_ok=True)
         generator = torch.Generator().manual_seed(20 + seed)
@@ -311,6 +343,32 @@ def make_our_own() -> None:
     write_expected(directory, {key: t.numpy() for key, t in expected.items()})
 
 
+def make_our_tables() -> None:
+    """What dq_runtime of today writes of nf4 and fp4, with the values by definition: nobody else has a name for them."""
+    from dq_runtime.levels import LEVELS
+    from dq_runtime.packing import PackedWeight, pack_codes
+    from dq_runtime.packing.checkpoint import packed_tensors, write_json, write_sums, write_weights
+    from dq_runtime.packing.quant_config import FOREIGN_PREFIX, Scheme, to_config
+
+    for seed, form in enumerate(("nf4", "fp4")):
+        directory = HERE / f"dq-1-{form}"
+        directory.mkdir(exist_ok=True)
+        generator = torch.Generator().manual_seed(50 + seed)
+        tensors, expected, schemes = others(generator), {}, {}
+        for layer, (n, k) in SHAPES.items():
+            codes = torch.randint(0, 16, (n, k), generator=generator)
+            scale = (torch.rand(n, k // 32, generator=generator) * 0.1 + 0.01).bfloat16()
+            tensors |= packed_tensors(layer, PackedWeight(pack_codes(codes.byte(), 4), scale, None, 4, k, form))
+            schemes[layer] = Scheme(4, 32, True, form)
+            expected[layer] = torch.tensor(LEVELS[form])[codes] * scale.float().repeat_interleave(32, 1)
+        write_weights(directory, tensors)
+        config = CONFIG | {"model_type": f"{FOREIGN_PREFIX}llama", "quantization_config": to_config(schemes, [])}
+        write_json(directory / "config.json", config)
+        (directory / "expected.json").unlink(missing_ok=True)  # is not part of the checkpoint
+        write_sums(directory)
+        write_expected(directory, {key: t.numpy() for key, t in expected.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("auto-round", "gptqmodel", "autoawq", "compressed-tensors-017"):
@@ -320,6 +378,9 @@ def main() -> None:
     make_awq(args)
     make_gguf()
     make_our_own()
+    make_our_tables()
+    for form in ("mxfp4", "nvfp4"):
+        make_float4(f"compressed-tensors-{form}", form)
     group = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     every = {"targets": ["Linear"], "weights": group | {"num_bits": 3, "actorder": "static"}}
     make_compressed_tensors("compressed-tensors-3bit", [every])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dq_runtime.levels import INT, LEVELS
 from dq_runtime.packing import HostTensor
 from dq_runtime.packing.checkpoint import Checkpoint, open_checkpoint
 from dq_runtime.packing.host import unpack_rows
@@ -23,7 +24,12 @@ SCHEMES: dict[str, tuple[Scheme | None, Scheme | None]] = {
     "compressed-tensors-0.17": (Scheme(3, 32, True), Scheme(5, 32, False)),
     "compressed-tensors-3bit": (Scheme(3, 32, True), Scheme(3, 32, True)),
     "compressed-tensors-mixed": (Scheme(2, 32, False), Scheme(4, 32, False)),
+    "compressed-tensors-mxfp4": (Scheme(4, 32, True, "mxfp4"),) * 2,
+    "compressed-tensors-nvfp4": (Scheme(4, 16, True, "nvfp4"), None),
     "dq-1": (Scheme(4, 32, False), Scheme(3, 32, True)),
+    "dq-1-fp4": (Scheme(4, 32, True, "fp4"),) * 2,
+    "dq-1-nf4": (Scheme(4, 32, True, "nf4"),) * 2,
+    "gguf-mxfp4": (Scheme(4, 32, True, "mxfp4"), None),
     "gguf-q4_0": (Scheme(4, 32, True), None),
     "gguf-q8_0": (Scheme(8, 32, True), None),
     "gptq-v1-3bit-asymmetric": (Scheme(3, 32, False), Scheme(3, 32, False)),
@@ -43,13 +49,15 @@ def opened(name: str) -> Checkpoint:
 
 
 def values_of(checkpoint: Checkpoint, layer: str) -> np.ndarray:
-    """float32 [N, K]: scale * (code - zero), or what the reader dequantized itself."""
+    """float32 [N, K]: scale * (code - zero), scale * level of the code, or what the reader dequantized itself."""
     if layer not in checkpoint.layers:
         dense: HostTensor = checkpoint.array(f"{layer}.weight")
         assert dense.dtype == "float32"
         return dense.values
     w = checkpoint.weight(layer)
     codes = unpack_rows(w.packed, w.bits, w.k).astype(np.float32)
+    if w.form != INT:
+        return np.array(LEVELS[w.form], np.float32)[codes.astype(int)] * w.scale.float32().repeat(w.group_size, 1)
     zero = np.full(w.scale.shape, 2 ** (w.bits - 1), np.float32) if w.zero is None else w.zero.astype(np.float32)
     return (codes - zero.repeat(w.group_size, 1)) * w.scale.float32().repeat(w.group_size, 1)
 

@@ -23,7 +23,7 @@ FACTORS = {2: (1, 4, 16, 1, 4, 16, 1, 4), 3: (1, 8, 1, 8, 1), 4: (1, 1, 1, 1)}
 
 
 def run(ptx: str, outputs: int, inputs: list[Words]) -> list[Words]:
-    """Execute shr.u32 and lop3.b32 on arrays of registers; anything else is an error."""
+    """Execute shr, and, lop3 and prmt on arrays of registers; anything else is an error."""
     registers: dict[str, Words] = {f"${outputs + i}": words for i, words in enumerate(inputs)}
 
     def read(name: str) -> Words:
@@ -38,6 +38,16 @@ def run(ptx: str, outputs: int, inputs: list[Words]) -> list[Words]:
         operands = [part.strip() for part in rest.split(",")]
         if operation == "shr.u32":
             registers[operands[0]] = read(operands[1]) >> read(operands[2])
+        elif operation == "and.b32":
+            registers[operands[0]] = read(operands[1]) & read(operands[2])
+        elif operation == "prmt.b32":  # of 8 bytes, those that 4 nibbles name; bit 3, their sign instead, is not used
+            a, b, selector = (read(name).astype(np.uint64) for name in operands[1:4])
+            chosen = np.zeros_like(a)
+            for i in range(4):
+                nibble = selector >> np.uint64(4 * i) & np.uint64(15)
+                assert int(nibble.max()) < 8
+                chosen |= ((a | b << np.uint64(32)) >> (nibble * np.uint64(8)) & np.uint64(255)) << np.uint64(8 * i)
+            registers[operands[0]] = chosen.astype(np.uint32)
         elif operation == "lop3.b32":
             a, b, c, table = *(read(name) for name in operands[1:4]), int(operands[4], 16)
             result = np.zeros_like(a)
@@ -81,6 +91,31 @@ def test_every_field_of_every_word(bits: int, kind: str) -> None:
             for zero in range(2**bits):  # `value` in decode.py subtracts ONE + factor * zero in the same dtype
                 centred = got[half] - torch.tensor(ONE[kind] + factor * zero).to(DTYPES[kind])
                 assert torch.equal(centred.float(), ((code - zero) * factor).float())
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("table", ["NF4", "E2M1"])
+def test_every_code_of_every_word_looks_its_level_up(table: str, kind: str) -> None:
+    from dq_kernels import levels
+
+    expected = torch.tensor(getattr(levels, table).value).to(DTYPES[kind])
+    if table == "E2M1":
+        assert torch.equal(expected.float(), torch.tensor(levels.E2M1.value)), "exact in 16 bits"
+    words = every_pair()
+    for field, register in enumerate(run(source(f"ASM_{table}_{kind}"), 4, [words])):
+        got = halves(register, DTYPES[kind])
+        for half in range(2):
+            code = torch.from_numpy((words >> (16 * half + 4 * field) & 15).astype(np.int64))
+            assert torch.equal(got[half].view(torch.int16), expected[code].view(torch.int16))
+
+
+def test_the_tables_are_those_of_the_package() -> None:
+    from dq_kernels import levels
+
+    from dq_runtime.levels import LEVELS
+
+    for form, table in LEVELS.items():
+        assert getattr(levels, levels.TABLE_OF[form].upper()).value == table
 
 
 @pytest.mark.parametrize("kind", DTYPES)

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
+from torch import nn
 
 from dq_runtime.errors import DQError
 from dq_runtime.hf.linear import PackedLinear
@@ -25,8 +26,21 @@ class PackedLora(Linear):
         raise DQError("LoRA weights were never merged into these packed ones")
 
 
-def lora_config(**settings: Any) -> Any:
-    """A :class:`peft.LoraConfig` of ``settings`` that knows packed linears; for ``peft.get_peft_model``."""
+def lora_config(model: Any = None, **settings: Any) -> Any:
+    """A :class:`peft.LoraConfig` of ``settings`` that knows packed linears; for ``peft.get_peft_model``.
+
+    ``target_modules="all-linear"`` means every linear of ``model``, packed or not, but its head, as it does in PEFT, which
+    by itself finds unpacked ones only; :class:`DQError` without the model.
+    """
+    if settings.get("target_modules") == "all-linear":
+        if model is None:
+            raise DQError(
+                "target_modules='all-linear' needs the model: lora_config(model, target_modules='all-linear')"
+            )
+        head = model.get_output_embeddings()
+        linear = (PackedLinear, nn.Linear)
+        names = [name for name, m in model.named_modules() if isinstance(m, linear) and m is not head]
+        settings = settings | {"target_modules": names}
     config = LoraConfig(**settings)
     config._register_custom_module({PackedLinear: PackedLora})
     return config

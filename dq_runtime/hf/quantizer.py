@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dq_runtime.errors import CheckpointError
 from dq_runtime.hf.linear import StoredLinear
+from dq_runtime.levels import INT
 from dq_runtime.modules.surgery import linears, replace_module
 from dq_runtime.packing.host import words_per_row
 from dq_runtime.packing.quant_config import Scheme, Targets, from_config
@@ -53,6 +54,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is not 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._schemes = from_config(quantization_config.to_dict(), "quantization_config")
+        forms = {scheme.form for scheme in self._schemes.values()} - {INT}
+        if forms:
+            raise CheckpointError(
+                f"packed linears in transformers hold integer grids only, not {min(forms)}; run it through "
+                "dq_runtime.load, or do not call use_packed_linears()"
+            )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         modules = linears(model)

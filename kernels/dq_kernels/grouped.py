@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dq_kernels.case import Case
 from dq_kernels.dequant import stage
-from dq_kernels.stream import Tile, constants, dot_step, finish
+from dq_kernels.stream import TABLE_TOKENS, Tile, constants, dot_step, finish
 from dq_kernels.stream_layout import StreamWeight, stream_bits
 from dq_kernels.table import capability_of, table_for
 
@@ -167,10 +167,10 @@ def grouped_kernel(
     finish(acc, s_ptr, y_ptr, rn, n, pair, PAIRS, N, GROUP, SCALE)
 
 
-def choose(pairs: int, used: int, n: int, bits: int, capability: int) -> Tile:
+def choose(pairs: int, used: int, n: int, bits: int, capability: int, most: int = MOST_TOKENS) -> Tile:
     """The tile for ``pairs`` pairs of ``used`` experts [n, K]: the table's for an average expert's tokens, given that
     the tiles of all of them fill the chip together. K is not split."""
-    m = min(triton.cdiv(pairs, used), MOST_TOKENS)
+    m = min(triton.cdiv(pairs, used), most)
     rows = table_for(capability)[stream_bits(bits)]
     row = next((r for r in rows if m <= r.max_m and used * r.tiles(m, n) >= r.min_tiles), rows[-1])
     return Tile(row.BM, row.BN, row.num_warps, row.num_stages)
@@ -192,7 +192,8 @@ def qmm_grouped(x: Tensor, w: ExpertWeight, expert_of: Tensor, out: Tensor | Non
         out = torch.empty(pairs, w.n, dtype=x.dtype, device=x.device)
     if pairs == 0 or w.n == 0:
         return out
-    tile = choose(pairs, min(w.experts, pairs), w.n, w.bits, capability_of(x.device))
+    most = MOST_TOKENS if w.form == "int" else TABLE_TOKENS
+    tile = choose(pairs, min(w.experts, pairs), w.n, w.bits, capability_of(x.device), most)
     rows, expert_of_tile = align(expert_of, w.experts, tile.BM)
     written = stage(out)
     grouped_kernel[(expert_of_tile.numel(), triton.cdiv(w.n, tile.BN))](

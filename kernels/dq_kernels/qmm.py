@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dq_kernels.dequant import dequantize
-from dq_kernels.stream import decode_stream, qmm_stream
+from dq_kernels.stream import TABLE_TOKENS, decode_stream, qmm_stream
 from dq_kernels.stream_layout import StreamWeight
 from dq_kernels.table import choose
 
@@ -47,7 +47,7 @@ def qmm(
 def qmm_prepared(x: Tensor, w: StreamWeight, out: Tensor | None = None) -> Tensor:
     """x [M, K] bf16/fp16 -> y [M, N] in x's dtype, of a weight in streaming order."""
     tile = choose(x.shape[0], w.n, w.k, w.bits, x.device)
-    if tile is not None:
+    if tile is not None and (w.form == "int" or tile.BM <= TABLE_TOKENS):
         return qmm_stream(x, w, tile, out)
     return qmm_decoded(x, w, out)
 

@@ -17,6 +17,7 @@ from dq_runtime.modules.fisher import kronecker_fisher
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import StudentLinear
 from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
+from dq_runtime.packing.float4 import float4_tensors
 from dq_runtime.rounding import ROUNDINGS, Job, Needs, Rounded
 from dq_runtime.rounding.base import choices_to_tensors
 from dq_runtime.spec import GridSpec
@@ -120,6 +121,28 @@ def test_codes_are_bytes_in_range_for_every_layer(tiny_model: Path, method: str,
             assert bool(torch.isfinite(scales.scale).all() and (scales.scale > 0).all())
             assert (scales.zero is None) == grid.symmetric
             assert scales.zero is None or (scales.zero.dtype is torch.uint8 and int(scales.zero.max()) < 2**grid.bits)
+
+
+@pytest.mark.parametrize("method", [name for name in ROUNDINGS if ROUNDINGS.get(name).any_grid])
+@pytest.mark.parametrize("name", ["nf4", "nvfp4"])
+def test_methods_of_any_grid_round_on_tables_no_worse_than_nearest_asks(
+    tiny_model: Path, method: str, name: str
+) -> None:
+    """Codes in range, scales that the grid can store, and no weight further off than a few of its steps."""
+    grid = GridSpec.named(name, group_size=None if name == "nvfp4" else 64)
+    student = build_student(tiny_model, grid)
+    rounded = run(student, method)
+    for layer_name, layer in student.layers.items():
+        choice = rounded.choices[layer_name]
+        w = layer.weight()
+        assert choice.codes.dtype is torch.uint8
+        assert int(choice.codes.max()) < 16
+        scales = choice.scales or layer.scales
+        if name == "nvfp4":
+            float4_tensors(layer_name, layer.pack(choice))  # raises where a scale is no e4m3
+        values = layer.grid.decode(choice.codes.to(w.device), scales)
+        nearest = layer.grid.decode(layer.grid.nearest(w, layer.scales), layer.scales)
+        assert float((values - w).square().mean()) <= 9 * float((nearest - w).square().mean())
 
 
 @every_method

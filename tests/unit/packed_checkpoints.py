@@ -28,7 +28,9 @@ def pack_model(source: Path, output: Path, spec: QuantSpec) -> Path:
         weight = weight_of(module).detach()
         scales = grid.fit(weight)
         codes = pack_codes(grid.nearest(weight, scales), grid_spec.bits)
-        packed[name] = PackedWeight(codes, scales.scale, scales.zero, grid_spec.bits, weight.shape[1])
+        packed[name] = PackedWeight(
+            codes, scales.scale, scales.zero, grid_spec.bits, weight.shape[1], grid.decode_form.name
+        )
         grids[name] = grid_spec
         replace_module(lm.model, name, QuantLinear(packed[name], bias_of(module)))
     output.mkdir(parents=True)

@@ -111,7 +111,6 @@ def test_every_code_of_every_word_looks_its_level_up(table: str, kind: str) -> N
 
 def test_the_tables_are_those_of_the_package() -> None:
     from dq_kernels import levels
-
     from dq_runtime.levels import LEVELS
 
     for form, table in LEVELS.items():

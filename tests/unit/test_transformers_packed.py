@@ -143,6 +143,23 @@ def test_lora_trains_through_packed_linears_and_is_saved(packed_model: Path, tmp
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_all_linear_means_packed_linears_too(packed_model: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from dq_runtime.hf.lora import PackedLora, lora_config
+
+    with pytest.raises(dq_runtime.DQError, match="needs the model"):
+        lora_config(r=2, target_modules="all-linear")
+    base = AutoModelForCausalLM.from_pretrained(packed_model, dtype=torch.float32)
+    before = logits_of(base)
+    model = peft.get_peft_model(base, lora_config(base, r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = [name for name, module in model.named_modules() if isinstance(module, PackedLora)]
+    assert len(adapted) == 14, "7 linears of 2 layers, and not the head"
+    assert torch.equal(logits_of(model), before)
+    losses = train(model, TOKENS, 6, 2e-2)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_the_gradient_of_an_adapter_is_that_of_the_dense_model(packed_model: Path) -> None:
     peft = pytest.importorskip("peft")
     from dq_runtime.hf.lora import lora_config

@@ -1,6 +1,6 @@
 """Do the engines read what we write? One row a path: the real model, an independent implementation, its answer.
 
-    python benchmarks/interop.py MODEL --llama-python PYTHON --output benchmarks/results/interop.json
+    python benchmarks/interop.py MODEL --llama-python PYTHON --others DIR --output benchmarks/results/interop.json
 
 MODEL is a dense directory or .gguf file. Each row exports (or takes as it is) a checkpoint rounded to nearest and asks
 the other implementation for its logits on 64 tokens, or for its weights. PYTHON is an interpreter with
@@ -69,8 +69,8 @@ class Absent(Exception):  # noqa: N818 (an answer, not an error)
 class Bench:
     """The model on every grid that a row asks for, packed once, and our own logits of it."""
 
-    def __init__(self, model: Path, folder: Path, llama_python: str | None) -> None:
-        self.model, self.folder, self.llama_python = model, folder, llama_python
+    def __init__(self, model: Path, folder: Path, llama_python: str | None, others: Path | None) -> None:
+        self.model, self.folder, self.llama_python, self.others = model, folder, llama_python, others
         self._logits: dict[Grid, Tensor] = {}
 
     def packed(self, grid: Grid) -> Path:
@@ -80,6 +80,20 @@ class Bench:
         if not path.exists():
             pack_model(self.model, path, QuantSpec(GridSpec(bits=bits, group_size=group, symmetric=symmetric)))
         return path
+
+    def table(self, name: str) -> Path:
+        """The checkpoint on a table grid, or on one that is aimed at an engine."""
+        path = self.folder / f"packed-{name.replace(':', '-')}"
+        if not path.exists():
+            pack_model(self.model, path, QuantSpec(GridSpec.named(name)))
+        return path
+
+    def made(self, tool: str, scheme: str) -> tuple[str, Path]:
+        """(tool and version, directory) of a checkpoint that another tool made: see benchmarks/others.py."""
+        path = self.others / f"{tool}-{scheme}" if self.others else Path()
+        if not (path / "made_by.txt").is_file():
+            raise Absent(f"give --others, with what `python benchmarks/others.py` makes of {tool} {scheme}")
+        return (path / "made_by.txt").read_text().strip(), path
 
     def exported(self, grid: Grid, form: str, **options: Any) -> Path:
         """The same in another format."""
@@ -274,6 +288,47 @@ def onnxruntime(bench: Bench, grid: Grid, accuracy_level: int) -> Row:
     return {"implementation": reader, **difference(bench.logits(grid), theirs), **note}
 
 
+def float4(bench: Bench, grid: Grid, name: str) -> Row:
+    """mxfp4 or nvfp4: every weight as compressed-tensors unpacks it, and transformers' logits of the directory, its
+    weights multiplied out to bfloat16, which holds them exactly."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    path = bench.table(name)
+    dense = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=dense).float()
+    modules = dict(model.named_modules())
+    equal = all(torch.equal(modules[n].weight, w.decode()) for n, w in open_checkpoint(path).packed())
+    ours = load(path, "cpu", torch.float32, exact=True)
+    tokens = torch.tensor([ours.encode(TEXT)[:64]])
+    with torch.no_grad():
+        theirs = model(input_ids=tokens).logits[0]
+    reader = f"{installed('transformers')}, {installed('compressed-tensors')}"
+    logits = torch.as_tensor(ours.logits(tokens)[0]).float()
+    return {"implementation": reader, "bit_equal": equal, **difference(logits, theirs)}
+
+
+def gguf_mxfp4(bench: Bench, grid: Grid) -> Row:
+    """The GGUF file of an mxfp4 checkpoint: the down projections as the gguf library dequantizes MXFP4."""
+    reader = installed("gguf")
+    import gguf
+
+    out = bench.folder / "gguf-mxfp4"
+    export(bench.table("mxfp4"), "gguf", out, overwrite=True)
+    (file,) = out.glob("*.gguf")
+    stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 64)
+    equal, count = True, 0
+    for name, w in open_checkpoint(bench.table("mxfp4")).packed():
+        if name.endswith(("q_proj", "k_proj")):  # in llama.cpp's order of rows
+            continue
+        found = stored[names.get_name(name) + ".weight"]
+        values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
+        equal &= torch.equal(values, w.decode())
+        count += 1
+    return {"implementation": reader, "bit_equal": equal, "layers": count}
+
+
 WRITES: list[tuple[str, Grid, Callable[[Bench, Grid], Row]]] = [
     *(("compressed-tensors", (bits, 64, True), transformers_native) for bits in (2, 3, 4, 8)),
     ("dense", (3, 64, True), transformers_dense),
@@ -284,17 +339,92 @@ WRITES: list[tuple[str, Grid, Callable[[Bench, Grid], Row]]] = [
     ("gptq", (4, 64, False), partial(autoround, gptq_version=2)),
     ("gptq v1", (4, 64, True), partial(autoround, gptq_version=1)),
     *(("mlx", grid, mlx) for grid in ((2, 64, True), (3, 64, True), (4, 64, True), (4, 64, False), (8, 64, True))),
+    *((name, (4, size, True), partial(float4, name=name)) for name, size in (("mxfp4", 32), ("nvfp4", 16))),
+    ("gguf mxfp4", (4, 32, True), gguf_mxfp4),
     *(("onnx", grid, partial(onnxruntime, accuracy_level=1)) for grid in ((4, 64, True), (8, 64, True), (3, 64, True))),
     ("onnx", (4, 32, True), partial(onnxruntime, accuracy_level=4)),
 ]
-# Rows of what others write and we read: (format, what it is, function); see tests/unit/test_readers_*.
-READS: list[tuple[str, Grid, Callable[[Bench, Grid], Row]]] = []
+
+
+# --- rows: what others write and we read ------------------------------------------------------------------------------
+
+
+def llm_compressor(bench: Bench, grid: Grid, scheme: str) -> Row:
+    """A checkpoint that llm-compressor made of the model, end to end (benchmarks/others.py), as compressed-tensors
+    itself decompresses it in float32."""
+    maker, path = bench.made("llm-compressor", scheme)
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+    from safetensors.torch import load_file
+
+    stated = json.loads((path / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(stated)
+    (group,) = config.config_groups.values()
+    packer, stored = BaseCompressor.get_value_from_registry(config.format), load_file(path / "model.safetensors")
+
+    def read(layer: str) -> Tensor:
+        tensors = {n.rpartition(".")[2]: t for n, t in stored.items() if n.rpartition(".")[0] == layer}
+        if config.format == "pack-quantized":
+            exact = tensors | {"weight_scale": tensors["weight_scale"].float()}
+            return packer.decompress(exact, group)["weight"]
+        n, half = tensors["weight_packed"].shape
+        values = unpack_fp4_from_uint8(tensors["weight_packed"], n, 2 * half, torch.float32)
+        scale = packer._decompress_scale(tensors["weight_scale"], torch.float32)
+        whole = tensors.get("weight_global_scale")
+        return dequantize(values, scale, args=group.weights, global_scale=whole, dtype=torch.float32)
+
+    return {"implementation": f"{maker}, {installed('compressed-tensors')}", **same_weights(path, read)}
+
+
+def auto_round(bench: Bench, grid: Grid, scheme: str) -> Row:
+    """A checkpoint that AutoRound made of the model, end to end, as its own torch linear unpacks it."""
+    maker, path = bench.made("auto-round", scheme)
+    from auto_round_extension.torch.qlinear_torch import QuantLinear
+    from safetensors.torch import load_file
+
+    stored = load_file(path / "model.safetensors")
+    bits, group = grid[:2]
+
+    def read(layer: str) -> Tensor:
+        k, n = stored[f"{layer}.qweight"].shape[0] * 32 // bits, stored[f"{layer}.qweight"].shape[1]
+        linear = QuantLinear(bits, group, k, n, bias=False)
+        linear.qweight, linear.qzeros = stored[f"{layer}.qweight"], stored[f"{layer}.qzeros"]
+        linear.scales = stored[f"{layer}.scales"].float()
+        return linear.forward(torch.eye(k)).T
+
+    return {"implementation": maker, **same_weights(path, read)}
+
+
+def same_weights(path: Path, read: Callable[[str], Tensor]) -> Row:
+    """Whether every linear here has the values that ``read`` gives for its name, and how many stay packed."""
+    source = open_checkpoint(path)
+    equal, count = True, 0
+    for name, w in source.packed():
+        equal &= torch.equal(read(name), w.decode())
+        count += 1
+    dense = [name.removesuffix(".weight") for name in source.dense if name.endswith("_proj.weight")]
+    for name in dense:
+        equal &= torch.equal(read(name), torch.from_numpy(source.array(f"{name}.weight").float32()))
+    model = load(path, "cpu", torch.float32, exact=True)
+    finite = bool(torch.isfinite(torch.as_tensor(model.logits(torch.tensor([[1, 2, 3]])))).all())
+    return {"bit_equal": equal and finite, "layers_packed": count, "layers_dequantized": len(dense)}
+
+
+READS: list[tuple[str, Grid, Callable[[Bench, Grid], Row]]] = [
+    ("compressed-tensors", (4, 64, False), partial(llm_compressor, scheme="gptq-w4a16")),
+    ("mxfp4", (4, 32, True), partial(llm_compressor, scheme="mxfp4a16")),
+    ("nvfp4", (4, 16, True), partial(llm_compressor, scheme="nvfp4a16")),
+    ("auto-round", (4, 64, False), partial(auto_round, scheme="w4a16")),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--llama-python")
+    parser.add_argument("--others", type=Path, help="what benchmarks/others.py made with other tools")
     parser.add_argument("--only", default="", help="a part of the name of the rows to run, e.g. gguf-4")
     parser.add_argument("--folder", type=Path, help="keeps the rounded checkpoints for the next run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "interop.json")
@@ -304,7 +434,7 @@ def main() -> None:
         rows = {row["name"]: row for row in json.loads(options.output.read_text())["rows"]}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        bench = Bench(options.model, folder, options.llama_python)
+        bench = Bench(options.model, folder, options.llama_python, options.others)
         todo = [("write", *row) for row in WRITES] + [("read", *row) for row in READS]
         for direction, form, grid, function in todo:
             label = getattr(function, "func", function).__name__
@@ -330,7 +460,7 @@ def _write(output: Path, rows: dict[str, Row], model: Path) -> None:
         "device": device_name("cpu"),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": "python benchmarks/interop.py MODEL --llama-python PYTHON",
+        "command": "python benchmarks/interop.py MODEL --llama-python PYTHON --others DIR",
         "rows": list(rows.values()),
     }
     output.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,4 +1,5 @@
-"""Grids whose values are no even steps: their tables, in ascending order, so that a code and the next one are neighbours.
+"""Grids whose values are no even steps: their tables, in ascending order, so that a code and the next one are
+neighbours.
 
     nf4    the 16 quantiles of a normal distribution of QLoRA (arXiv 2305.14314, appendix E), of magnitude 1
     e2m1   the 4-bit float of OCP's microscaling formats (MX v1.0): +-{0, 0.5, 1, 1.5, 2, 3, 4, 6}, two zeros
@@ -31,8 +32,8 @@ NF4 = (
 )
 E2M1 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-# How the weights of a layer are decoded. The forms of e2m1 differ in what their scales may be: any 16-bit float (fp4), a
-# power of two over 32 weights (mxfp4), a float of 8 bits over 16 weights times a power of two a tensor (nvfp4).
+# How the weights of a layer are decoded. The forms of e2m1 differ in what their scales may be: any 16-bit float (fp4),
+# a power of two over 32 weights (mxfp4), a float of 8 bits over 16 weights times a power of two a tensor (nvfp4).
 INT = "int"
 LEVELS: dict[str, tuple[float, ...]] = {"nf4": NF4, "fp4": E2M1, "mxfp4": E2M1, "nvfp4": E2M1}
 TABLE_BITS = 4
@@ -42,8 +43,8 @@ SCALE_BITS = {"mxfp4": 8, "nvfp4": 8}
 
 
 def ordered(stored: Any) -> Any:
-    """Codes of e2m1 as sign and magnitude -> ours; uint8 arrays or tensors, 0 .. 15. Magnitude m is code 8 + m where the
-    sign is clear and 7 - m where it is set."""
+    """Codes of e2m1 as sign and magnitude -> ours; uint8 arrays or tensors, 0 .. 15. Magnitude m is code 8 + m where
+    the sign is clear and 7 - m where it is set."""
     return stored ^ (8 + 7 * (stored >> 3))
 
 

@@ -35,8 +35,8 @@ IMPLEMENTATIONS = Registry(
 
 @dataclass(frozen=True)
 class Lerp:
-    """All of w_hat = scale * (lo - zero + X) but X; of a table ``form`` with levels L, of scale * (L[lo] + X (L[lo + 1] -
-    L[lo])).
+    """All of w_hat = scale * (lo - zero + X) but X; of a table ``form`` with levels L, of scale * (L[lo] + X (L[lo + 1]
+    - L[lo])).
 
     ``lo`` uint8 [N, K], or the same codes as canonical bitstream int32 [N, ceil(K*bits/32)]; ``scale`` bf16/fp16
     [N, G]; ``zero`` uint8 [N, G], None where every zero point is the middle code 2^(bits-1).

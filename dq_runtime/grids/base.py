@@ -66,13 +66,13 @@ class Grid(Protocol):
         ...
 
     def position(self, w: Tensor, scales: Scales) -> Tensor:
-        """Where each weight lies on the code axis, float32 [N, K]: the real number v with w = scale * (v - zero), and in
-        a table the one that lies between two codes as the weight does between their values."""
+        """Where each weight lies on the code axis, float32 [N, K]: the real number v with w = scale * (v - zero), and
+        in a table the one that lies between two codes as the weight does between their values."""
         ...
 
     def neighbours(self, w: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-        """The two codes around each weight, uint8 [N, K] each, hi = lo + 1; lo == hi where the weight is outside the grid
-        or on one of its values."""
+        """The two codes around each weight, uint8 [N, K] each, hi = lo + 1; lo == hi where the weight is outside the
+        grid or on one of its values."""
         ...
 
     def nearest(self, w: Tensor, scales: Scales) -> Tensor:

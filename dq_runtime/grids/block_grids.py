@@ -3,8 +3,8 @@
 mxfp4  groups of 32, scale 2^(floor(log2(absmax)) - 2): e8m0, a power of two (OCP Microscaling Formats v1.0, section
        6.3). A group's largest weight lies in [4, 8) steps, and what is above 6 saturates.
 nvfp4  groups of 16, scale = e4m3(absmax / 6 * 2^p) * 2^-p with one p a tensor. The format has one float32 a tensor in
-       that place; a power of two loses less than one of e4m3's 18 octaves, makes every scale exact in bfloat16, and lets
-       layers that an engine multiplies as one matrix share it without rounding again.
+       that place; a power of two loses less than one of e4m3's 18 octaves, makes every scale exact in bfloat16, and
+       lets layers that an engine multiplies as one matrix share it without rounding again.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ class PackedLora(Linear):
 def lora_config(model: Any = None, **settings: Any) -> Any:
     """A :class:`peft.LoraConfig` of ``settings`` that knows packed linears; for ``peft.get_peft_model``.
 
-    ``target_modules="all-linear"`` means every linear of ``model``, packed or not, but its head, as it does in PEFT, which
-    by itself finds unpacked ones only; :class:`DQError` without the model.
+    ``target_modules="all-linear"`` means every linear of ``model``, packed or not, but its head, as it does in PEFT,
+    which by itself finds unpacked ones only; :class:`DQError` without the model.
     """
     if settings.get("target_modules") == "all-linear":
         if model is None:

@@ -2,8 +2,9 @@
 
 We write a standard compressed-tensors ``pack-quantized`` directory. Per quantized linear: ``weight_packed`` int32 [N,
 ceil(K*b/32)], ``weight_scale`` [N, G], ``weight_shape`` int64 [2], and for asymmetric grids ``weight_zero_point`` int32
-[ceil(N*b/32), G] packed along out_features; mxfp4 and nvfp4 as :mod:`dq_runtime.packing.float4` says. ``SHA256SUMS`` (checkable with ``sha256sum -c``) covers every file, so that
-a flipped bit is found before it becomes text. The formats read stand in :mod:`dq_runtime.packing.readers`.
+[ceil(N*b/32), G] packed along out_features; mxfp4 and nvfp4 as :mod:`dq_runtime.packing.float4` says. ``SHA256SUMS``
+(checkable with ``sha256sum -c``) covers every file, so that a flipped bit is found before it becomes text. The formats
+read stand in :mod:`dq_runtime.packing.readers`.
 """
 
 from __future__ import annotations

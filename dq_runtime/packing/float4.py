@@ -1,7 +1,7 @@
 """mxfp4 and nvfp4 on disk, as compressed-tensors has them (``mxfp4-pack-quantized``, ``nvfp4-pack-quantized``).
 
-``weight_packed`` uint8 [N, K/2], the even column in the low nibble, codes as sign and magnitude. ``weight_scale`` [N, G]
-uint8 (e8m0: 2^(code - 127)) for mxfp4, float8_e4m3fn for nvfp4, whose value is that over ``weight_global_scale``
+``weight_packed`` uint8 [N, K/2], the even column in the low nibble, codes as sign and magnitude. ``weight_scale`` [N,
+G] uint8 (e8m0: 2^(code - 127)) for mxfp4, float8_e4m3fn for nvfp4, whose value is that over ``weight_global_scale``
 float32 [1]. Our nvfp4 grid makes that a power of two, 2^p, so that every scale is a bfloat16 here and an e4m3 there;
 all layers of a model share the p that every one of them can have, because engines that multiply q, k and v as one
 matrix use one for all three.

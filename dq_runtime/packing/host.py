@@ -128,8 +128,8 @@ class HostWeight:
     """One linear's weight as it lies on disk; a :class:`dq_runtime.packing.PackedWeight` in numpy.
 
     ``packed`` int32 [N, ceil(K*bits/32)], ``scale`` float16 or bfloat16 [N, G], ``zero`` uint8 [N, G] (unpacked; None:
-    the middle code 2^(bits-1)), ``k`` = in_features. The value of a code is ``scale * (code - zero)``, or, where ``form``
-    is the name of a table (:mod:`dq_runtime.levels`), ``scale * level of the code``.
+    the middle code 2^(bits-1)), ``k`` = in_features. The value of a code is ``scale * (code - zero)``, or, where
+    ``form`` is the name of a table (:mod:`dq_runtime.levels`), ``scale * level of the code``.
     """
 
     packed: NDArray[np.int32]

@@ -56,8 +56,8 @@ def is_standard(layers: Mapping[str, Scheme]) -> bool:
 def to_config(layers: Mapping[str, Scheme], dense: Iterable[str], transposed: bool = False) -> dict[str, Any]:
     """The config of these quantized layers, of one form; ``dense`` are the linears left alone.
 
-    What compressed-tensors readers cannot serve says ``quant_method: dq``: tables that their format has no name for, and
-    ``transposed`` linears (GPT-2's Conv1D).
+    What compressed-tensors readers cannot serve says ``quant_method: dq``: tables that their format has no name for,
+    and ``transposed`` linears (GPT-2's Conv1D).
     """
     forms = {scheme.form for scheme in layers.values()}
     if len(forms) > 1:
@@ -152,12 +152,13 @@ def _group(group: Any, default_format: Any, where: str) -> tuple[Scheme, list[An
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     form = INT
     if float_form is not None:
-        form = float_form
+        form, bits = float_form, TABLE_BITS
         _check_float(weights, form, where)
     elif stored == TABLE_FORMAT and isinstance(kind, str) and kind in LEVELS:
         form = kind
         if bits != TABLE_BITS or weights.get("symmetric", True) is not True:
             raise CheckpointError(f"{where}: {form} weights have {TABLE_BITS} bits and no zero points")
+        bits = TABLE_BITS
     elif isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8 or kind != "int":
         raise CheckpointError(
             f"{where}: {shown(bits)}-bit {shown(kind)} weights are not read here, only int of 2 to 8 bits"

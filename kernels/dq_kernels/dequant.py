@@ -61,8 +61,8 @@ def dequant_tile(
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
     COMPUTE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TABLE: tl.constexpr = "int",
 ):  # fmt: skip
-    """(code - zero) [BN, BK] in COMPUTE, or the code's level in a table, and scale [BN] float32, of one K tile inside one
-    group.
+    """(code - zero) [BN, BK] in COMPUTE, or the code's level in a table, and scale [BN] float32, of one K tile inside
+    one group.
 
     Every integer from -255 to 255 is exact in bf16 and fp16, so nothing has been rounded yet: the caller applies the
     scale in float32, after the dot product or before its one rounding. fp16 never sees a bf16 scale it cannot hold.

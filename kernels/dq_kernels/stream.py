@@ -27,7 +27,6 @@ from dq_kernels.dequant import TL_DTYPES, compute_dtype, stage
 from dq_kernels.levels import TABLE_OF
 from dq_kernels.stream_layout import StreamWeight, stream_bits
 
-
 # Tiles of a table's weights with more tokens than this spill on sm_80, whose left operand is held in registers too.
 TABLE_TOKENS = 64
 

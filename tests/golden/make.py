@@ -344,7 +344,7 @@ def make_our_own() -> None:
 
 
 def make_our_tables() -> None:
-    """What dq_runtime of today writes of nf4 and fp4, with the values by definition: nobody else has a name for them."""
+    """What dq_runtime of today writes of nf4 and fp4, with the values by definition: no other format has them."""
     from dq_runtime.levels import LEVELS
     from dq_runtime.packing import PackedWeight, pack_codes
     from dq_runtime.packing.checkpoint import packed_tensors, write_json, write_sums, write_weights

@@ -80,14 +80,14 @@ class StoredFloat4:
         if self._form == "mxfp4":
             return np.ldexp(np.float32(1), stored.astype(np.int32) - 127).astype(np.float32)
         with np.errstate(over="ignore"):
-            found = E4M3[stored] / self._tensors["weight_global_scale"].values.reshape(())
+            found: NDArray[np.float32] = E4M3[stored] / self._tensors["weight_global_scale"].values.reshape(())
         if not np.isfinite(found).all():
             raise self._bad("weight_scale over weight_global_scale is not finite")
         return found
 
     def _codes_of_scales(self) -> NDArray[np.uint8]:
         """The bits of the scales, none of which is a NaN."""
-        stored = self._tensors["weight_scale"].values
+        stored: NDArray[np.uint8] = self._tensors["weight_scale"].values
         nan = stored == 0xFF if self._form == "mxfp4" else (stored & 0x7F) == 0x7F
         if nan.any():
             raise self._bad("weight_scale holds a value that is not finite")

@@ -2,7 +2,8 @@
 
 A Q4_0 block of 32 weights is d float16 and 32 codes of 4 bits, the first 16 in the low nibbles: d * (code - 8). A Q8_0
 block is d and 32 signed bytes: d * byte, which is d * (code - 128). Both are our symmetric grid with groups of 32,
-whose scales may be negative. An MXFP4 block is e8m0 and the same nibbles, of e2m1. Q4_1 is not: its d * code + m has a minimum of its own, where our zero points are codes.
+whose scales may be negative. An MXFP4 block is e8m0 and the same nibbles, of e2m1. Q4_1 is not: its d * code + m has a
+minimum of its own, where our zero points are codes.
 
 llama.cpp's converter interleaves the two halves of every head of q and k in files of the architecture "llama", for its
 own order of the rotary embedding; here the rows are put back. Other files are refused with a reason: transformers may

@@ -379,20 +379,18 @@ def llm_compressor(bench: Bench, grid: Grid, scheme: str) -> Row:
 
 
 def auto_round(bench: Bench, grid: Grid, scheme: str) -> Row:
-    """A checkpoint that AutoRound made of the model, end to end, as its own torch linear unpacks it."""
+    """A checkpoint that AutoRound made of the model, end to end, as AutoRound itself unpacks it. With zero points it
+    chooses the layout of AWQ."""
     maker, path = bench.made("auto-round", scheme)
-    from auto_round_extension.torch.qlinear_torch import QuantLinear
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
     from safetensors.torch import load_file
 
-    stored = load_file(path / "model.safetensors")
-    bits, group = grid[:2]
+    stored, (bits, group, _) = load_file(path / "model.safetensors"), grid
 
     def read(layer: str) -> Tensor:
-        k, n = stored[f"{layer}.qweight"].shape[0] * 32 // bits, stored[f"{layer}.qweight"].shape[1]
-        linear = QuantLinear(bits, group, k, n, bias=False)
-        linear.qweight, linear.qzeros = stored[f"{layer}.qweight"], stored[f"{layer}.qzeros"]
-        linear.scales = stored[f"{layer}.scales"].float()
-        return linear.forward(torch.eye(k)).T
+        codes, zeros, scales = (stored[f"{layer}.{part}"] for part in ("qweight", "qzeros", "scales"))
+        values: Tensor = dequantize_gemm(codes, zeros, scales.float(), bits, group)
+        return values.T.float()
 
     return {"implementation": maker, **same_weights(path, read)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import struct
@@ -160,9 +161,11 @@ def test_scales_that_are_no_numbers(name: str, value: float, copied: Callable[[s
     header, values = split(directory / "model.safetensors")
     suffix = "weight_scale" if f"{LAYER}.weight_scale" in header else "scales"
     entry = header[f"{LAYER}.{suffix}"]
-    assert entry["dtype"] == "F16"
+    wide = np.float32(value).tobytes()
+    # The 8-bit floats of scales have no infinity, and one NaN or two.
+    bits = {"F16": np.float16(value).tobytes(), "BF16": wide[2:], "F8_E4M3": b"\x7f", "U8": b"\xff"}[entry["dtype"]]
     changed = bytearray(values)
-    changed[entry["data_offsets"][0] : entry["data_offsets"][0] + 2] = np.float16(value).tobytes()
+    changed[entry["data_offsets"][0] : entry["data_offsets"][0] + len(bits)] = bits
     write(directory / "model.safetensors", header, bytes(changed))
     refused(directory, LAYER, suffix, "not finite")
 
@@ -174,7 +177,8 @@ def test_tensors_of_another_dtype(name: str, copied: Callable[[str], Path]) -> N
     for key in header:
         if key.startswith(f"{LAYER}."):
             changed = json.loads(json.dumps(header))
-            changed[key]["dtype"] = {"I32": "F32", "F16": "I16", "I64": "F64"}[header[key]["dtype"]]
+            other = {"I32": "F32", "F32": "I32", "F16": "I16", "BF16": "I16", "I64": "F64", "U8": "I8", "F8_E4M3": "U8"}
+            changed[key]["dtype"] = other[header[key]["dtype"]]
             write(directory / "model.safetensors", changed, values)
             refused(directory, LAYER)
 
@@ -189,6 +193,31 @@ def test_a_shape_that_no_bytes_stand_behind(copied: Callable[[str], Path]) -> No
         changed[begin : begin + 16] = struct.pack("<2q", *shape)
         write(directory / "model.safetensors", header, bytes(changed))
         refused(directory, LAYER)
+
+
+@pytest.mark.parametrize("whole", [0.0, -1.0, math.nan, math.inf, 1e-45])
+def test_global_scales_that_no_weight_can_have(whole: float, copied: Callable[[str], Path]) -> None:
+    directory = copied("compressed-tensors-nvfp4")
+    header, values = split(directory / "model.safetensors")
+    begin = header[f"{LAYER}.weight_global_scale"]["data_offsets"][0]
+    changed = bytearray(values)
+    changed[begin : begin + 4] = struct.pack("<f", whole)
+    write(directory / "model.safetensors", header, bytes(changed))
+    refused(directory, LAYER, "weight_global_scale", "finite")
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors-mxfp4", "compressed-tensors-nvfp4"])
+def test_float_formats_that_say_something_else(name: str, copied: Callable[[str], Path]) -> None:
+    wrong = {"num_bits": 8, "type": "int", "group_size": 64, "symmetric": False, "strategy": "channel"}
+    for key, stated in wrong.items():
+        directory = copied(name)
+
+        def change(config: dict[str, Any], key: str = key, stated: Any = stated) -> None:
+            config["quantization_config"]["config_groups"]["group_0"]["weights"][key] = stated
+
+        change_config(directory, change)
+        refused(directory)
+        shutil.rmtree(directory)
 
 
 # --- index and config -----------------------------------------------------------------------------------------------
@@ -422,6 +451,6 @@ def test_gguf_scales_that_are_no_numbers(name: str, tmp_path: Path) -> None:
     reader = GGUFReader(GOLDEN / name / "model.gguf")
     offset = next(t.data_offset for t in reader.tensors if t.name == "blk.0.attn_v.weight")
     content = bytearray((GOLDEN / name / "model.gguf").read_bytes())
-    content[offset : offset + 2] = np.float16(np.nan).tobytes()
+    content[offset : offset + 2] = b"\xff\xff" if name == "gguf-mxfp4" else np.float16(np.nan).tobytes()
     (tmp_path / "model.gguf").write_bytes(content)
     refused(tmp_path / "model.gguf", "blk.0.attn_v.weight", "not finite")

@@ -28,7 +28,6 @@ from dq_runtime.evaluate.metrics import Quality, compare
 from dq_runtime.evaluate.report import Report, held_out_section, model_card, write_report
 from dq_runtime.grids import GRIDS
 from dq_runtime.interrupt import interruptible
-from dq_runtime.levels import INT
 from dq_runtime.modules.basis_change import BasisChange
 from dq_runtime.modules.blocks import ModelBlocks
 from dq_runtime.modules.fisher import kronecker_fisher
@@ -39,7 +38,7 @@ from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.atomic import new_directory
 from dq_runtime.packing.checkpoint import write_sums
 from dq_runtime.packing.run_state import RunState
-from dq_runtime.preflight import check_disk, check_output, check_weights, fingerprint, plan
+from dq_runtime.preflight import check_disk, check_grid, check_output, check_weights, fingerprint, plan
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Rounding
 from dq_runtime.rounding.base import choices_from_tensors, choices_to_tensors
 from dq_runtime.runtime.dense import licence_of, load_dense
@@ -137,13 +136,7 @@ def quantize(
     rounding: Rounding = ROUNDINGS.get(spec.rounding.name)(spec.rounding.options)
     transform: Transform = TRANSFORMS.get(spec.transform)(spec.transform_options)
     needs_text = rounding.needs != Needs.WEIGHTS or TransformNeeds.OBJECTIVE in transform.needs or bool(spec.target)
-    GRIDS.get(spec.grid.name)
-    if spec.grid.name != INT and not rounding.any_grid:
-        able = ", ".join(name for name in ROUNDINGS if ROUNDINGS.get(name).any_grid)
-        raise SpecError(
-            f"rounding {spec.rounding.name!r} works on evenly spaced levels, which grid {spec.grid.name} has not; use "
-            f"one of {able}"
-        )
+    check_grid(spec, rounding)
     device = resolve_device(device)
     request = Request(
         model=model,

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from dq_runtime.errors import DQError, SpecError
+from dq_runtime.grids import GRIDS
+from dq_runtime.levels import INT
 from dq_runtime.modules.surgery import weight_of
+from dq_runtime.rounding import ROUNDINGS, Rounding
 from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec, QuantSpec
 
@@ -88,3 +91,14 @@ def fingerprint(modules: Mapping[str, Any], grids: Mapping[str, GridSpec]) -> st
     for name in grids:
         digest.update(weight_of(modules[name]).detach().float().abs().amax(1).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_grid(spec: QuantSpec, rounding: Rounding) -> None:
+    """:class:`SpecError` for a grid that there is not, or on which the method cannot round."""
+    GRIDS.get(spec.grid.name)
+    if spec.grid.name != INT and not rounding.any_grid:
+        able = ", ".join(name for name in ROUNDINGS if ROUNDINGS.get(name).any_grid)
+        raise SpecError(
+            f"rounding {spec.rounding.name!r} works on evenly spaced levels, which grid {spec.grid.name} has not; use "
+            f"one of {able}"
+        )

@@ -1,4 +1,4 @@
-"""What does it cost to have no calibration text? DiscQuant on real text against text the model samples itself.
+"""What does it cost to have no calibration text? discquant-paper on real text against text the model samples itself.
 
     python benchmarks/calibration_source.py MODEL --text FILE --held-out NAME=FILE ... --output benchmarks/results/...
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import dq_runtime
 from dq_runtime.cli.progress import Bars
+from dq_runtime.spec import QuantSpec, RoundingSpec
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
             report = dq_runtime.quantize(
                 options.model,
                 out,
+                QuantSpec(rounding=RoundingSpec("discquant-paper")),
                 calibration=text,
                 held_out=options.held_out,
                 windows=options.windows,
@@ -44,9 +46,9 @@ def main() -> None:
             shutil.rmtree(out.parent)
             runs[name] = {k: v for k, v in report.items() if k not in ("layers", "history", "command")}
     arguments = [Path(a).name if Path(a).is_file() else a for a in sys.argv[1:]]  # names, not this machine's folders
-    kl = {name: run["held_out"]["kl"]["discquant"] for name, run in runs.items()}
+    kl = {name: run["held_out"]["kl"]["discquant-paper"] for name, run in runs.items()}
     result = {
-        "question": "held-out KL of discquant calibrated on real text and on text sampled from the teacher",
+        "question": "held-out KL of discquant-paper calibrated on real text and on text sampled from the teacher",
         **{key: runs["real"][key] for key in ("device", "threads", "versions", "date")},
         "command": shlex.join(["python", "benchmarks/calibration_source.py", *arguments]),
         "sha256": {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in (options.text, options.held_out)},

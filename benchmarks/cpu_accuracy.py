@@ -86,10 +86,11 @@ def integer_kl(checkpoint: Path) -> float:
 
 
 def make_discquant(gguf: Path, text: Path, folder: Path) -> None:
-    """SmolLM2 at 3 bits by DiscQuant, through the command line as anybody would."""
+    """SmolLM2 at 3 bits by discquant-paper, through the command line as anybody would."""
     text.write_text(prompt_text(), encoding="utf-8")
     command = [sys.executable, "-m", "dq_runtime", "quantize", str(gguf), "-o", str(folder), "--bits", "3"]
     command += ["--group-size", "64", "--calibration", str(text), "--windows", str(CALIBRATION_WINDOWS)]
+    command += ["--rounding", "discquant-paper"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
     subprocess.run(command, check=True, env=environment)
 

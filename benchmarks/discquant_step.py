@@ -1,12 +1,12 @@
-"""Time and peak memory of one DiscQuant step: the fused kernels against the same step in plain PyTorch.
+"""Time and peak memory of one step of discquant-paper: the fused kernels against the same step in plain PyTorch.
 
     python benchmarks/discquant_step.py [--device cuda|cpu] [--window TOKENS] [--steps COUNT] [--output FILE]
 
-A random Llama is rounded by the method itself, ``DiscQuant.round``: teacher forward, student forward and backward, KL,
-update. On a GPU it has 1B shape and a window of 2048 tokens; on a CPU that of SmolLM2-135M and 512, once in bfloat16,
-which is the default where the chip multiplies it, and once in float32. Each implementation runs in its own process
-(``DQ_TRAINING``), from the same seed; no speed is reported unless the KL of their first steps agree. On a CPU the two
-take turns step by step, so that whatever else the machine does meets both.
+A random Llama is rounded by the method itself, ``DiscQuantPaper.round``: teacher forward, student forward and backward,
+KL, update. On a GPU it has 1B shape and a window of 2048 tokens; on a CPU that of SmolLM2-135M and 512, once in
+bfloat16, which is the default where the chip multiplies it, and once in float32. Each implementation runs in its own
+process (``DQ_TRAINING``), from the same seed; no speed is reported unless the KL of their first steps agree. On a CPU
+the two take turns step by step, so that whatever else the machine does meets both.
 With ``--device cuda`` and no usable GPU: one sentence and exit code 2.
 """
 
@@ -92,7 +92,7 @@ def measure(
     from dq_runtime.modules.student_linear import StudentLinear
     from dq_runtime.modules.surgery import linears, replace_module, weight_of
     from dq_runtime.rounding import Job
-    from dq_runtime.rounding.discquant import DiscQuant
+    from dq_runtime.rounding.discquant_paper import DiscQuantPaper
     from dq_runtime.spec import GridSpec
 
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def measure(
     ready()
     begin = time.perf_counter()
     with flushed_denormals():  # as the pipeline
-        history = DiscQuant({"steps": steps}).round(Job(layers, student, 0, NoState(), monitor)).history
+        history = DiscQuantPaper({"steps": steps}).round(Job(layers, student, 0, NoState(), monitor)).history
     timed = times[WARM_UP[device] :]
     return {
         "implementation": os.environ.get("DQ_TRAINING", "auto"),
@@ -279,7 +279,7 @@ def main() -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     fused = {"cuda": torch.version.cuda, "triton": version("triton")} if device == "cuda" else {}
     report = {
-        "question": "one DiscQuant step, 3 bits, group 64, batch 1: fused kernels against plain PyTorch",
+        "question": "one step of discquant-paper, 3 bits, group 64, batch 1: fused kernels against plain PyTorch",
         "device": device_name(device),
         **({"threads": torch.get_num_threads()} if device == "cpu" else {}),
         "versions": {**versions(), **fused},

@@ -135,19 +135,8 @@ def finish(
 ) -> None:
     """Write RESULTS/theory_FIGURE.json, and from what that file says DOCS/theory/FIGURE.png and the figure in
     DOCS/theory.md. Called after each model, so that an interrupted run shows what it has."""
-    words = [Path(a).name if Path(a).exists() else a for a in sys.argv[1:]]  # names, not this machine's folders
-    result |= {
-        "device": device_name("cpu"),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", f"benchmarks/theory_{figure}.py", *words]),
-    }
     file = chosen.results / f"theory_{figure}.json"
-    text = json.dumps(_short(result), indent=1) + "\n"
-    chosen.results.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
-    written = json.loads(file.read_text(encoding="utf-8"))
+    written = write_result(file, f"theory_{figure}", result)
     picture = chosen.docs / "theory" / f"{figure}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     replace_file(picture, partial(draw(written).savefig, format="png", dpi=110, metadata={"Software": None}))
@@ -156,6 +145,22 @@ def finish(
         now = with_figure(page.read_text(encoding="utf-8"), figure, block(figure, written, table))
         replace_file(page, lambda path: path.write_text(now, encoding="utf-8"))
     print(f"{file}\n{picture}")
+
+
+def write_result(file: Path, script: str, result: dict[str, Any]) -> Any:
+    """Add to ``result`` where, when and by which command it was made, write it to ``file``; returns what that says."""
+    words = [Path(a).name if Path(a).exists() else a for a in sys.argv[1:]]  # names, not this machine's folders
+    result |= {
+        "device": device_name("cpu"),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *words]),
+    }
+    text = json.dumps(_short(result), indent=1) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def block(figure: str, result: dict[str, Any], table: Callable[[dict[str, Any]], list[str]]) -> list[str]:
@@ -167,9 +172,7 @@ def with_figure(page: str, figure: str, lines: Sequence[str]) -> str:
     """``page`` with ``lines`` between ``<!-- FIGURE -->`` and ``<!-- end -->``."""
     begin = f"<!-- {figure} -->\n"
     if page.count(begin) != 1:
-        raise DataError(
-            f"docs/theory.md must have the line {begin.strip()!r} once, where picture and table of {figure} go"
-        )
+        raise DataError(f"the page must have the line {begin.strip()!r} once, where the table of {figure} goes")
     before, rest = page.split(begin)
     _, end, after = rest.partition("<!-- end -->\n")
     return before + begin + "\n".join(lines) + "\n" + end + after

@@ -2,7 +2,7 @@
 
 Windows are points by their mean hidden state, compared by a Gaussian kernel of median width. The discrepancy of a
 choice is the distance between its mean and that of the whole pool in the kernel's space, as the choice grows; then
-DiscQuant calibrates on equally many windows chosen in either way, from the same pool, in several draws.
+discquant-paper calibrates on equally many windows chosen in either way, from the same pool, in several draws.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def discrepancies(kernel: np.ndarray) -> list[dict[str, Any]]:
 
 
 def measure(subject: Subject, chosen: np.ndarray, seed: int) -> dict[str, float]:
-    """Held-out KL of discquant on the ``chosen`` windows of the pool."""
+    """Held-out KL of discquant-paper on the ``chosen`` windows of the pool."""
     pool, held_out = windows(subject)
     lab = Lab(subject.path, BITS, pool[torch.from_numpy(chosen)])
-    quality = lab.quality(held_out, {"rounded": lab.round("discquant", seed)})["rounded"]
+    quality = lab.quality(held_out, {"rounded": lab.round("discquant-paper", seed)})["rounded"]
     return {"kl": quality.kl, "kl_stderr": quality.kl_stderr}
 
 
@@ -94,7 +94,7 @@ def draw(result: dict[str, Any]) -> Any:
         left.set(xscale="log", yscale="log", xlabel="windows chosen", ylabel="kernel discrepancy", title=model["model"])
         right.set(xscale="log", xlabel="windows chosen", ylabel="held-out KL, nats per token")
         right.set_xticks(model["sizes"], [str(size) for size in model["sizes"]])
-        right.set_title(f"discquant, {result['bits']} bits", fontsize=10)
+        right.set_title(f"discquant-paper, {result['bits']} bits", fontsize=10)
         left.set_xticks(sizes(model["pool"]), [str(size) for size in sizes(model["pool"])])
         for axes in (left, right):
             axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
@@ -123,7 +123,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     chosen, parts = options(__doc__), Parts("coreset")
-    question = "kernel discrepancy and held-out KL of discquant: coreset windows against random windows, equal tokens"
+    question = "kernel discrepancy and held-out KL of discquant-paper: coreset against random windows, equal tokens"
     rounding = {"bits": BITS, "rounding_dtype": str(ROUNDING_DTYPE)}
     models = []
     for subject in [*stories(chosen), smol(chosen)]:

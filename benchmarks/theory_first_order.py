@@ -22,7 +22,7 @@ from dq_runtime.packing import PackedWeight, unpack_codes
 from dq_runtime.rounding.base import fixed
 
 BITS = (3, 4)
-METHODS = ("nearest", "gptq", "discquant")
+METHODS = ("nearest", "gptq", "discquant-paper")
 REMOTE = (6, 8)  # bits of nearest at which the change is small: where first order should hold if anywhere
 # (calibration windows, held-out windows, tokens of each)
 SETTINGS = {"stories260K": (64, 64, 128), "SmolLM2-135M-Instruct": (64, 16, 128)}
@@ -123,7 +123,7 @@ def summary(measured: list[float], predicted: list[float]) -> dict[str, float]:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    colours = {"nearest": "black", "gptq": "tab:blue", "discquant": "tab:orange"}
+    colours = {"nearest": "black", "gptq": "tab:blue", "discquant-paper": "tab:orange"}
     markers = {3: "o", 4: "^", 6: "s", 8: "D"}
     figure, found = panels(len(result["models"]), 6.0, 4.8)
     for model, axes in zip(result["models"], found, strict=True):

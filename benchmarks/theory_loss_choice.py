@@ -1,8 +1,8 @@
-"""Which loss should steer the rounding? DiscQuant with KL, with the text's own tokens, with intermediate errors, mixed.
+"""Which loss should steer the rounding? The paper's DiscQuant with KL, the text's tokens, intermediate errors, mixed.
 
 All runs see the same windows in the same order and differ in the loss L = a KL + b CE + c MSE alone, in nats per token:
 
-    KL   KL(teacher || student) of the next token, DiscQuant's own
+    KL   KL(teacher || student) of the next token, the paper's own
     CE   cross-entropy of the student on the tokens that follow in the text
     MSE  mean over the model's blocks of ||h - h'||^2 / ||h||^2, h and h' what teacher and student hand on
 
@@ -92,7 +92,7 @@ def measure(subject: Subject, name: str, seed: int) -> dict[str, float]:
     lab = Lab(subject.path, BITS, train, MixedLoss)
     assert isinstance(lab.student, MixedLoss)
     lab.student.weights = LOSSES[name]
-    found = lab.quality(held_out, {"rounded": lab.round("discquant", seed)})
+    found = lab.quality(held_out, {"rounded": lab.round("discquant-paper", seed)})
     return {**figures(found["rounded"]), "perplexity_reference": found["reference"].perplexity}
 
 
@@ -113,7 +113,7 @@ def draw(result: dict[str, Any]) -> Any:
         title = f"{model['model']}, {result['bits']} bits, {model['windows']} windows of {model['tokens']}"
         axes.set_title(title, fontsize=9)
     found[0].set_ylabel("held-out KL, nats per token")
-    figure.suptitle("DiscQuant by the loss that steers it (dots: seeds)", fontsize=10)
+    figure.suptitle("discquant-paper by the loss that steers it (dots: seeds)", fontsize=10)
     return figure
 
 
@@ -131,7 +131,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     chosen, parts = options(__doc__), Parts("loss_choice")
-    question = "held-out quality of discquant by its loss, same windows"
+    question = "held-out quality of discquant-paper by its loss, same windows"
     rounding = {"bits": BITS, "rounding_dtype": str(ROUNDING_DTYPE)}
     models = []
     for subject in [*stories(chosen), smol(chosen)]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +19,7 @@ from dq_runtime.modules.student_linear import Mode, StudentLinear
 from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
 from dq_runtime.packing import PackedWeight
 from dq_runtime.preflight import plan
-from dq_runtime.rounding import ROUNDINGS, Job, Needs
+from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded
 from dq_runtime.spec import PER_ROW, GridSpec, Override, QuantSpec
 
 GROUP = 64
@@ -49,37 +49,54 @@ class _NoStore:
 
 
 class Lab:
-    """A model whose linears wait to be rounded to ``bits``, with calibration windows. Symmetric grid, groups of 64; a
-    scale a row where 64 does not divide the inputs (the 172 of stories260K's down_proj)."""
+    """A model whose linears wait to be rounded to ``bits``, with calibration windows. Symmetric grid, groups of
+    ``group``; a scale a row where that does not divide the inputs (the 172 of stories260K's down_proj)."""
 
-    def __init__(self, path: str, bits: int, windows: Tensor, student: type[StudentModel] = StudentModel) -> None:
+    def __init__(
+        self,
+        path: str,
+        bits: int,
+        windows: Tensor,
+        student: type[StudentModel] = StudentModel,
+        group: int = GROUP,
+        dtype: torch.dtype = ROUNDING_DTYPE,
+    ) -> None:
         model = deepcopy(original(path).model)
         modules = linears(model)
         self.layers = {}
-        rows = (name for name, module in modules.items() if weight_of(module).shape[1] % GROUP)
+        rows = (name for name, module in modules.items() if weight_of(module).shape[1] % group)
         overrides = tuple(Override(name, bits, PER_ROW) for name in rows)
-        spec = QuantSpec(grid=GridSpec(bits=bits, group_size=GROUP), overrides=overrides)
+        spec = QuantSpec(grid=GridSpec(bits=bits, group_size=group), overrides=overrides)
         for name, grid in plan(modules, spec).items():
             module = modules[name]
             self.layers[name] = StudentLinear(weight_of(module), bias_of(module), GRIDS.get(grid.name)(grid))
             replace_module(model, name, self.layers[name])
         self.student = student(model, self.layers, windows, torch.float32)
+        self._dtype = dtype
 
     def round(self, method: str, seed: int, **options: Any) -> dict[str, PackedWeight]:
         """Packed weights by layer; the lab can then round again."""
-        student = self.student
-        if method == "discquant":
-            options.setdefault("steps", max(LEAST_STEPS, student.windows))
+        if method == "discquant-paper":
+            options.setdefault("steps", max(LEAST_STEPS, self.student.windows))
         rounding = ROUNDINGS.get(method)(options)
-        if Needs.STUDENT in rounding.needs:
-            student.begin()
+        return self.pack(self.choices(rounding.round, rounding.needs, seed))
+
+    def choices(self, rounding: Callable[[Job], Rounded], needs: Needs, seed: int) -> Mapping[str, Choice]:
+        """What any ``rounding`` of a job makes; the lab can then round again."""
+        student = self.student
+        if Needs.STUDENT in needs:
+            student.begin(relaxed=Needs.RELAXED in needs)
         job = Job(self.layers, student, seed, _NoStore(), lambda *args, **figures: None, ModelBlocks(student))
-        student.compute_dtype = ROUNDING_DTYPE
+        student.compute_dtype = self._dtype
         with flushed_denormals():
-            choices = rounding.round(job).choices
+            choices = rounding(job).choices
         student.compute_dtype = torch.float32  # all that is measured
-        if Needs.STUDENT in rounding.needs:
+        if Needs.STUDENT in needs:
             student.end()
+        return choices
+
+    def pack(self, choices: Mapping[str, Choice]) -> dict[str, PackedWeight]:
+        """As a checkpoint would hold them."""
         return {name: self.layers[name].pack(choice) for name, choice in choices.items()}
 
     def quality(self, held_out: Tensor, rounded: Mapping[str, Mapping[str, PackedWeight]]) -> dict[str, Quality]:

@@ -20,7 +20,7 @@ from dq_runtime.data import pack_windows
 from dq_runtime.errors import DataError
 
 BITS = 3
-METHODS = ("nearest", "gptq", "discquant")
+METHODS = ("nearest", "gptq", "discquant-paper")
 SHARES = (0.0, 0.5, 1.0)
 WINDOWS, HELD_OUT, TOKENS = 64, 8, 128
 
@@ -41,7 +41,7 @@ def _plain(answer: str) -> str:
 
 
 def windows(subject: Subject, directory: Path | None, share: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """(calibration windows, held-out windows by text). Task and other windows take turns, as DiscQuant sees them."""
+    """(calibration windows, held-out windows by text). Task and other windows take turns: some see them in order."""
     tokenizer = original(subject.path).tokenizer
     other, held_out = subject.windows([WINDOWS, HELD_OUT], TOKENS)
     task = pack_windows(problems(directory, "train"), tokenizer, WINDOWS, TOKENS, 0, "GSM8K train").tokens
@@ -67,7 +67,7 @@ def measure(subject: Subject, directory: Path | None, share: float) -> list[dict
 
 def draw(result: dict[str, Any]) -> Any:
     figure, found = panels(2, 4.8, 4.0)
-    colours = {"nearest": "black", "gptq": "tab:blue", "discquant": "tab:orange"}
+    colours = {"nearest": "black", "gptq": "tab:blue", "discquant-paper": "tab:orange"}
     for text, axes in zip(("GSM8K", "other text"), found, strict=True):
         for method, colour in colours.items():
             rows = [row for row in result["rows"] if (row["method"], row["text"]) == (method, text)]

@@ -334,7 +334,7 @@ def _resumable(student: StudentModel, request: Request, state: RunState, listene
     needs = request.rounding.needs
     job = _job(student, request, state, listener.stage(request.spec.rounding.name))
     if Needs.STUDENT in needs:
-        student.begin()
+        student.begin(relaxed=Needs.RELAXED in needs)
         job = replace(job, student=student)
     if Needs.BLOCKS in needs:
         job = replace(job, blocks=ModelBlocks(student))

@@ -49,7 +49,7 @@ def quantized(smollm2_gguf: Path, tiny_text: Path, tmp_path_factory: pytest.Temp
         report = dq_runtime.quantize(
             str(smollm2_gguf),
             output,
-            QuantSpec(rounding=RoundingSpec("discquant", {"steps": 2})),
+            QuantSpec(rounding=RoundingSpec("discquant-paper", {"steps": 2})),
             calibration=str(tiny_text),
             windows=2,
             window_length=64,

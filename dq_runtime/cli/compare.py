@@ -13,8 +13,8 @@ EPILOG = """
 
 dq compare ./model -o cmp --bits 2,3,4 --calibration c4.txt
 
-dq compare ./model -o cmp --methods nearest,gptq,discquant --transforms identity,hadamard --calibration c4.txt
---held-out other.txt --wikitext wiki.test.raw --set discquant.clamp=1.0
+dq compare ./model -o cmp --methods gptq,discquant-paper,discquant --transforms identity,hadamard --calibration c4.txt
+--held-out other.txt --wikitext wiki.test.raw --set discquant-paper.clamp=1.0
 
 dq compare ./model -o cmp --cells cells.toml --calibration c4.txt --checkpoint 'autoround=./theirs@3:64'
 """

@@ -11,8 +11,8 @@ import typer
 
 # Listed here because the registry's package imports torch, which --help should not wait for.
 ROUNDING_NAMES = (
-    "discquant, nearest, obc, gptq, cdquant, gptaq, qronos, magr, adaround, adaquant, flexround, omniquant, autoround, "
-    "gsq, yaqa, qat"
+    "discquant, discquant-paper, nearest, obc, gptq, cdquant, gptaq, qronos, magr, adaround, adaquant, flexround, "
+    "omniquant, autoround, gsq, yaqa, qat"
 )
 # As dq_runtime.spec.GRID_NAMES, which a test compares.
 GRID_NAMES = ("int", "gguf:q4_0", "gguf:q8_0", "nf4", "fp4", "mxfp4", "nvfp4")
@@ -23,7 +23,7 @@ dq quantize HuggingFaceTB/SmolLM2-135M -o out --bits 3 --calibration c4.txt
 
 dq quantize model.gguf -o out --bits 4 --group-size 32 --asymmetric --rounding nearest
 
-dq quantize ./model -o out --override 'model.layers.0.*=8' --override '*.down_proj=4:32' --set lr=0.05 --set clamp=1.0
+dq quantize ./model -o out --override 'model.layers.0.*=8' --override '*.down_proj=4:32' --set epochs=4
 
 dq quantize ./model -o out --target-bpw 3.1 --bits-choices 2,3,4,8 --calibration c4.txt
 

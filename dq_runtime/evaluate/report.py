@@ -80,23 +80,31 @@ def _plot(report: Report) -> bytes:
     return buffer.getvalue()
 
 
-def _plot_history(loss: Any, decided: Any, history: Sequence[Mapping[str, float]], method: str) -> None:
-    """The two upper panels: a loop over the whole model shows its KL, one over layers each layer's objective."""
-    steps = [h["step"] for h in history]
-    if history and all("kl" in h for h in history):
-        loss.plot(steps, [h["kl"] for h in history], color="tab:blue", linewidth=1)
-        loss.set(title="KL on calibration windows", xlabel="step", ylabel="nats per token", yscale="log")
-    elif any(h.get("loss_nearest") for h in history):
-        rows = [h for h in history if h.get("loss_nearest")]
-        loss.plot([h["step"] for h in rows], [h["loss"] / h["loss_nearest"] for h in rows], ".", color="tab:blue")
-        loss.set(title="Objective of each layer or block", xlabel="layer, in order", ylabel="of nearest's", ylim=0)
+def _plot_history(left: Any, right: Any, history: Sequence[Mapping[str, float]], method: str) -> None:
+    """The two upper panels: a loop over the whole model shows its KL, one over layers each layer's objective, a method
+    that has both, both. A loop over relaxed choices shows how many are decided."""
+    kls = [h for h in history if "kl" in h]
+    layers = [h for h in history if h.get("loss_nearest")]
+    decided = [h for h in history if "rounded" in h]
+    if kls:
+        left.plot([h["step"] for h in kls], [h["kl"] for h in kls], color="tab:blue", linewidth=1)
+        left.set(title="KL on calibration windows", xlabel="step", ylabel="nats per token", yscale="log")
+    elif layers:
+        _plot_layers(left, layers)
     else:
-        loss.text(0.5, 0.5, f"{method} has no steps", ha="center", transform=loss.transAxes)
-    if history and all("rounded" in h for h in history):
-        decided.plot(steps, [100 * h["rounded"] for h in history], color="tab:green")
-        decided.set(title="Weights decided (x within 0.01 of a grid value)", xlabel="step", ylabel="%")
+        left.text(0.5, 0.5, f"{method} has no steps", ha="center", transform=left.transAxes)
+    if decided:
+        right.plot([h["step"] for h in decided], [100 * h["rounded"] for h in decided], color="tab:green")
+        right.set(title="Weights decided (x within 0.01 of a grid value)", xlabel="step", ylabel="%")
+    elif kls and layers:
+        _plot_layers(right, layers)
     else:
-        decided.text(0.5, 0.5, f"{method} relaxes nothing", ha="center", transform=decided.transAxes)
+        right.text(0.5, 0.5, f"{method} relaxes nothing", ha="center", transform=right.transAxes)
+
+
+def _plot_layers(axes: Any, rows: Sequence[Mapping[str, float]]) -> None:
+    axes.plot([h["step"] for h in rows], [h["loss"] / h["loss_nearest"] for h in rows], ".", color="tab:blue")
+    axes.set(title="Objective of each layer or block", xlabel="layer, in order", ylabel="of nearest's", ylim=0)
 
 
 def _html(report: Report, png: bytes) -> str:

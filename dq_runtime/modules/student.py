@@ -87,7 +87,7 @@ class StudentModel:
         if weights is None:
             self.set_mode(Mode.RELAXED)
         else:
-            self.set_mode(Mode.CANDIDATE)
+            self.set_mode(Mode.REBUILT)
             for name, weight in weights.items():
                 self.layers[name].candidate = weight
         with self._fused():
@@ -136,15 +136,16 @@ class StudentModel:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def begin(self) -> None:
-        """Allocate the relaxed choices and make them the only trainable tensors of the model."""
-        for layer in self.layers.values():
-            layer.begin_relaxation()
+    def begin(self, relaxed: bool = True) -> None:
+        """Make ready for steps; ``relaxed``: allocate x, which is then all that is trainable in the model."""
+        if relaxed:
+            for layer in self.layers.values():
+                layer.begin_relaxation()
         self._narrow_head()
-        assert all(p.requires_grad == (n.endswith(".x")) for n, p in self.model.named_parameters())
+        assert all(p.requires_grad == (relaxed and n.endswith(".x")) for n, p in self.model.named_parameters())
 
     def end(self) -> None:
-        """Free them again."""
+        """Free what that took."""
         self._graph = None
         if self._wide_head is not None:
             self.model.get_output_embeddings().weight = self._wide_head

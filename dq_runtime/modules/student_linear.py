@@ -31,6 +31,7 @@ from dq_runtime.backends.training_reference import lerp_slope, lerp_weight
 from dq_runtime.grids import Grid, Scales
 from dq_runtime.levels import INT
 from dq_runtime.modules.ops import qmm
+from dq_runtime.modules.rebuilt import rebuilt_mm
 from dq_runtime.modules.training_ops import lerp_mm
 from dq_runtime.packing import PackedWeight, pack_codes
 from dq_runtime.rounding.base import AdamStep, Choice, Moments
@@ -42,6 +43,7 @@ class Mode(Enum):
     TEACHER = "teacher"
     RELAXED = "relaxed"
     CANDIDATE = "candidate"
+    REBUILT = "rebuilt"  # the candidate too, built again in the backward pass instead of kept for it
     PACKED = "packed"
 
 
@@ -164,6 +166,9 @@ class StudentLinear(nn.Module):
         elif self.mode is Mode.CANDIDATE:
             assert self.candidate is not None
             y = nn.functional.linear(inputs.to(self.compute_dtype), self.candidate().to(self.compute_dtype))
+        elif self.mode is Mode.REBUILT:
+            assert self.candidate is not None
+            y = rebuilt_mm(inputs.to(self.compute_dtype), self.candidate)
         else:
             flat = inputs.reshape(-1, self.in_features).to(self.compute_dtype)
             dtype = self.compute_dtype if self.compact else dtype

@@ -24,6 +24,7 @@ ROUNDINGS = Registry(
     {
         "nearest": "dq_runtime.rounding.nearest:Nearest",
         "discquant": "dq_runtime.rounding.discquant:DiscQuant",
+        "discquant-paper": "dq_runtime.rounding.discquant_paper:DiscQuantPaper",
         "obc": "dq_runtime.rounding.obc:Obc",
         "gptq": "dq_runtime.rounding.gptq:Gptq",
         "cdquant": "dq_runtime.rounding.cdquant:CdQuant",

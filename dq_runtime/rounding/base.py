@@ -21,7 +21,8 @@ class Needs(Flag):
 
     WEIGHTS = auto()  # the weights, grids and scales alone
     BLOCKS = auto()  # the transformer blocks in order, each with what enters it once those before it are rounded
-    STUDENT = auto()  # the running model, differentiable in every relaxed choice
+    STUDENT = auto()  # the running model, differentiable in whatever its weights are made of
+    RELAXED = auto()  # the student's own relaxed choices x, 4 bytes a weight: for methods that learn those
     FISHER = auto()  # Kronecker factors of the Hessian of the full-model KL
 
 
@@ -215,7 +216,8 @@ class Student(Protocol):
     def kl_backward(self, window: int, weights: Weights | None = None) -> Tensor:
         """Mean KL(teacher || student) in nats per token on one calibration window, a scalar on the model's device
         without history; its gradient has been added to every ``x.grad``. With ``weights`` (for every layer) the
-        student runs on those instead of the relaxed choices, and the gradient goes to what they depend on."""
+        student runs on those instead of the relaxed choices, and the gradient goes to what they depend on; each weight
+        is built twice, for the forward and for the backward pass, and must be the same both times."""
         ...
 
 

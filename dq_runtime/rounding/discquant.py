@@ -1,71 +1,90 @@
-"""DiscQuant (arXiv 2501.06417): round the whole model at once, guided by its output distribution.
+"""DiscQuant at full strength: block by block to a good start, then the whole model at once on its output distribution.
 
-    w_hat(x) = scale * (lo - zero + x),   x in [0, 1]^n,   y = the x that gives the original weight
+DiscQuant (arXiv 2501.06417, kept as ``discquant-paper``) rounds every weight up or down by gradients of the whole
+model's KL to the original. Its weak side is the start: from a random x between fixed neighbours it spends its few
+windows on finding what block reconstruction finds with far fewer, and its scales stay those of nearest. So:
 
-    minimise  lambda <c*, x> + E_token KL(p_w || p_w_hat(x)),   c* = 1 - 2y,   by projected gradient, then round x.
+1. AutoRound (autoround.py): codes and scales of each block in turn, by the block's output.
+2. minimise over u  E_token KL(p_w || p_w_hat(u)),   w_hat(u) = scale * (code(u) - zero)
 
-c* pulls x to a vertex: at a vertex x^2 = x, so <1 - 2y, x> = ||x - y||^2 + const. The gradient used is the one of the
-authors' released code, in which the KL part is scaled by rho / delta^2 (delta^2 = mean squared grid step) and clamped:
+with u the weights as 16-bit numbers whose first bits are the codes (latent.py), starting at the original weights, each
+within its code's cell, on the scales of the first stage. Gradients pass the rounding straight through: unlike x, u may
+go to any code, and the loss is that of the rounded model at every step; there is no gap to close at the end. One window
+a step, in a new random order each epoch; Adam at a rate that warms up in a straight line and falls by half a cosine.
 
-    g = clamp(rho / delta^2 * dKL/dx, -clamp, clamp) + (1 - 2y)
-
-The clamp decides who may leave its nearest value: where |1 - 2y| > clamp the sign of g never changes. With clamp 0.5
-that is half of all weights, those farther than a quarter step from the middle of their interval.
-AdamW on x (weight decay 0.01 as released), linear warm-up, cosine decay, x clamped to [0, 1] after every step.
+docs/discquant.md says what was measured for each of these choices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dq_runtime.errors import SpecError
-from dq_runtime.rounding.base import AdamStep, Choice, Job, Moments, Needs, Rounded, Student, options_from
+from dq_runtime.rounding.autoround import AutoRound
+from dq_runtime.rounding.base import Job, Needs, Rounded, options_from
+from dq_runtime.rounding.latent import Latent
+from dq_runtime.rounding.stages import Part
+from dq_runtime.rounding.whole_model import Saved, check_kl, run_steps, warmup_cosine
+
+# A step of the second stage takes a forward pass of the teacher, and of the student one and a backward pass of twice
+# its cost; the first stage takes that of the student alone for every window of a batch. For the progress bar.
+SHARE_OF_A_STEP = 0.75
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters, defaults of the released code for 3 bits, group 64. ``steps`` 0: one pass over the windows.
+    """``iters`` steps of ``batch`` windows a block in the first stage; ``epochs`` passes over the windows in the
+    second, whose highest rate is ``lr`` grid steps a step (0: :func:`usual_rate` of each layer's bits), reached after
+    the share ``warmup``; ``room``: how far from the middle of its code's cell a weight may start, in grid steps."""
 
-    ``start``: ``random`` (x uniform in [0, 1], as released) or ``original`` (x = y). ``batch``: windows per step.
-    """
-
-    steps: int = 0
-    batch: int = 1
-    lr: float = 0.1
-    clamp: float = 0.5
-    rho: float = 200.0
-    warmup: float = 0.125
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.01
-    start: str = "random"
+    iters: int = 200
+    batch: int = 8
+    epochs: int = 8
+    lr: float = 0.0
+    warmup: float = 0.1
+    room: float = 0.45
 
     def __post_init__(self) -> None:
-        positive = {"batch": self.batch, "lr": self.lr, "clamp": self.clamp, "rho": self.rho}
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise SpecError(f"rounding 'discquant': {name} must be positive, got {value}")
-        for name, value in {"warmup": self.warmup, "beta1": self.beta1, "beta2": self.beta2}.items():
-            if not 0 <= value < 1:
-                raise SpecError(f"rounding 'discquant': {name} must be in [0, 1), got {value}")
-        if self.steps < 0 or not self.weight_decay >= 0:  # not: NaN is refused too
-            raise SpecError("rounding 'discquant': steps and weight_decay cannot be negative")
-        if self.start not in ("random", "original"):
-            raise SpecError(f"rounding 'discquant': start must be 'random' or 'original', got {self.start!r}")
+        for name, count in {"iters": self.iters, "batch": self.batch, "epochs": self.epochs}.items():
+            if count < 1:
+                raise SpecError(f"rounding 'discquant': {name} must be at least 1, got {count}")
+        if not 0 <= self.lr < math.inf:
+            raise SpecError(f"rounding 'discquant': lr must be 0 or more, got {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise SpecError(f"rounding 'discquant': warmup must be in [0, 1), got {self.warmup}")
+        if not 0 <= self.room <= 0.5:
+            raise SpecError(f"rounding 'discquant': room must be in [0, 0.5], got {self.room}")
+
+
+def usual_rate(bits: int) -> float:
+    """Grid steps a step: 0.004 at 2 bits, 0.002 at 3, 0.001 at 4. A finer grid leaves less to win, and what is not won
+    on the windows at hand is fitted to them."""
+    return 0.016 / float(2**bits)
+
+
+class Trained(Protocol):
+    """What the second stage asks of a layer: see :class:`~dq_runtime.rounding.latent.Latent`."""
+
+    bits: int
+    lr: float
+
+    def weight(self) -> Tensor: ...
+
+    def tensors(self, name: str) -> dict[str, Tensor]: ...
 
 
 class DiscQuant:
-    """All layers at once, by gradients through the running student."""
+    """Block by block, then all layers at once; see the module docstring."""
 
-    needs = Needs.WEIGHTS | Needs.STUDENT
-    between_neighbours = True
-    any_grid = True
+    needs = Needs.WEIGHTS | Needs.BLOCKS | Needs.STUDENT
+    between_neighbours = False
+    any_grid = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.recipe = options_from(Recipe, "discquant", options)
@@ -74,78 +93,63 @@ class DiscQuant:
         return asdict(self.recipe)
 
     def round(self, job: Job) -> Rounded:
-        """Codes of every layer; bit-identical for a seed, a device and a thread count, interrupted or not."""
-        student = job.student
+        """Codes and scales of every layer; bit-identical for a seed, a device and a thread count, interrupted or
+        not."""
+        student, recipe = job.student, self.recipe
         assert student is not None, "the pipeline builds the student that `needs` declares"
-        recipe = self.recipe
-        total = recipe.steps or max(1, student.windows // recipe.batch)
-        delta2 = sum(layer.mean_squared_step() for layer in student.layers.values()) / len(student.layers)
-        state = {name: layer.moments() for name, layer in student.layers.items()}
-        history: list[dict[str, float]] = []
-        first = 0
-        saved = job.store.load()
+        steps = recipe.epochs * student.windows
+        before = max(1, round(SHARE_OF_A_STEP * recipe.iters * min(recipe.batch, student.windows)))
+        blocks = Part(job, "blocks", 0, before, before + steps)
+        model = Part(job, "model", before, steps, before + steps)
+        saved, rows = model.load(), list[dict[str, float]]()
         if saved is None:
-            self._start(student, job.seed)
+            start = AutoRound({"iters": recipe.iters, "batch": recipe.batch}).round(blocks.job())
+            rows, choices = start.history, dict(start.choices)
+            del start  # each layer's codes go as soon as its latent is there
+            latents = {
+                name: Latent.start(layer, choices.pop(name), recipe.room, _seed(job, i))
+                for i, (name, layer) in enumerate(job.layers.items())
+            }
         else:
-            first, tensors, extra = saved
-            history = list(extra["history"])
-            _restore(student, state, tensors)
-
-        for step in range(first, total):
-            kl = 0.0
-            for i in range(recipe.batch):
-                loss = student.kl_backward((step * recipe.batch + i) % student.windows)
-                kl += loss.item() / recipe.batch
-            if not math.isfinite(kl):
-                raise SpecError(f"the KL became {kl} at step {step + 1}; use a smaller lr or float32 computation")
-            lr = self._lr(step, total)
-            hyper = self._hyper(step + 1, lr, delta2)
-            counts = [layer.step(state[name], hyper) for name, layer in student.layers.items()]
-            undecided = int(torch.stack(counts).sum())  # the step's one wait for the device after the loss
-            weights = sum(layer.x.numel() for layer in student.layers.values())
-            figures = {"step": step + 1, "kl": kl, "rounded": 1 - undecided / weights, "lr": lr}
-            history.append(figures)
-            job.monitor(step + 1, total, kl=kl, rounded=figures["rounded"])
-            stop = job.store.stop_requested()
-            if step + 1 < total and (stop or job.store.due()):
-                job.store.save(step + 1, _collect(student, state), {"history": history})
-            if stop and step + 1 < total:
-                job.store.stop(step + 1, total)
-        return Rounded({name: Choice(layer.codes()) for name, layer in student.layers.items()}, history)
-
-    def _start(self, student: Student, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for layer in student.layers.values():
-                if self.recipe.start == "random":
-                    x = torch.rand(layer.x.shape, generator=generator).to(layer.x.device)
-                else:
-                    x = layer.y
-                layer.x.copy_(x * layer.free)
-
-    def _lr(self, step: int, total: int) -> float:
-        warm = max(1, round(self.recipe.warmup * total))
-        if step < warm:
-            return self.recipe.lr * (step + 1) / warm
-        return self.recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-    def _hyper(self, step: int, lr: float, delta2: float) -> AdamStep:
-        recipe = self.recipe
-        return AdamStep(
-            step, lr, recipe.rho / delta2 / recipe.batch, recipe.clamp, recipe.beta1, recipe.beta2, recipe.weight_decay
-        )  # fmt: skip
+            latents = {
+                name: Latent.resumed(layer, name, saved[1], _seed(job, i))
+                for i, (name, layer) in enumerate(job.layers.items())
+            }
+        history = distil(model.job(), saved, latents, recipe, rows)
+        return Rounded({name: latent.choice() for name, latent in latents.items()}, history)
 
 
-def _collect(student: Student, state: Mapping[str, Moments]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, layer in student.layers.items():
-        tensors |= {f"{name}.x": layer.x.detach(), f"{name}.m": state[name].m, f"{name}.v": state[name].v}
-    return tensors
+def distil(
+    job: Job, saved: Saved, latents: Mapping[str, Trained], recipe: Recipe, before: Sequence[dict[str, float]]
+) -> list[dict[str, float]]:
+    """The second stage, on ``latents`` in place (which ``saved``, if any, has been restored to); the history, which
+    begins with ``before``."""
+    student = job.student
+    assert student is not None
+    order = window_order(student.windows, recipe.epochs, job.seed)
+    rates = {name: recipe.lr or usual_rate(latent.bits) for name, latent in latents.items()}
+    weights = {name: latent.weight for name, latent in latents.items()}
+
+    def step(i: int) -> dict[str, float]:
+        share = warmup_cosine(i, len(order), recipe.warmup)
+        for name, latent in latents.items():
+            latent.lr = share * rates[name]
+        kl = float(student.kl_backward(order[i], weights))  # each latent moves when its gradient comes
+        check_kl(kl, i)
+        return {"kl": kl, "lr": share * max(rates.values())}
+
+    def state() -> dict[str, Tensor]:
+        return {key: tensor for name, latent in latents.items() for key, tensor in latent.tensors(name).items()}
+
+    return run_steps(job, saved, len(order), step, state, before, may_rise=False)
 
 
-def _restore(student: Student, state: Mapping[str, Moments], tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, layer in student.layers.items():
-            layer.x.copy_(tensors[f"{name}.x"])
-            state[name].m.copy_(tensors[f"{name}.m"])
-            state[name].v.copy_(tensors[f"{name}.v"])
+def window_order(windows: int, epochs: int, seed: int) -> list[int]:
+    """Every window once an epoch, in a random order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [window for _ in range(epochs) for window in torch.randperm(windows, generator=generator).tolist()]
+
+
+def _seed(job: Job, layer: int) -> int:
+    """Of the stochastic rounding of one layer."""
+    return job.seed * 1_000_003 + layer

@@ -23,6 +23,7 @@ from torch import Tensor
 from dq_runtime.errors import SpecError
 from dq_runtime.rounding.base import Choice, Job, LayerProblem, Needs, Rounded, options_from
 from dq_runtime.rounding.straight_through import LearnedScales, codes, snap
+from dq_runtime.rounding.whole_model import check_kl, run_steps, warmup_cosine
 
 # Adam's epsilon: the KL's gradient per grid step is about 1e-8 on SmolLM2-135M, which the usual 1e-8 would halve.
 EPSILON = 1e-16
@@ -30,7 +31,7 @@ EPSILON = 1e-16
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters. ``steps`` 0: one pass over the windows, ``batch`` of them a step, as in discquant."""
+    """Hyper-parameters. ``steps`` 0: one pass over the windows, ``batch`` of them a step, as in discquant-paper."""
 
     steps: int = 0
     batch: int = 1
@@ -77,34 +78,25 @@ class QAT:
         latents = {name: Latent(layer) for name, layer in job.layers.items()}
         weights = {name: latent.weight for name, latent in latents.items()}
         optimizer = _optimizer(latents, recipe)
-        history: list[dict[str, float]] = []
-        first = 0
         saved = job.store.load()
         if saved is not None:
-            first, tensors, extra = saved
-            history = list(extra["history"])
-            _restore(latents, optimizer, tensors)
+            _restore(latents, optimizer, saved[1])
 
-        for step in range(first, total):
+        def step(i: int) -> dict[str, float]:
             optimizer.zero_grad()
             kl = 0.0
-            for i in range(recipe.batch):
-                kl += student.kl_backward((step * recipe.batch + i) % student.windows, weights).item() / recipe.batch
-            if not math.isfinite(kl):
-                raise SpecError(f"the KL became {kl} at step {step + 1}; use a smaller lr or float32 computation")
-            share = _schedule(step, total, recipe.warmup)
+            for j in range(recipe.batch):
+                kl += student.kl_backward((i * recipe.batch + j) % student.windows, weights).item() / recipe.batch
+            check_kl(kl, i)
+            share = warmup_cosine(i, total, recipe.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
             optimizer.step()
             for latent in latents.values():
                 latent.scales.confine()
-            history.append({"step": step + 1, "kl": kl, "lr": recipe.lr * share})
-            job.monitor(step + 1, total, kl=kl)
-            stop = job.store.stop_requested()
-            if step + 1 < total and (stop or job.store.due()):
-                job.store.save(step + 1, _collect(latents, optimizer), {"history": history})
-            if stop and step + 1 < total:
-                job.store.stop(step + 1, total)
+            return {"kl": kl, "lr": recipe.lr * share}
+
+        history = run_steps(job, saved, total, step, lambda: _collect(latents, optimizer))
         return Rounded({name: latent.choice() for name, latent in latents.items()}, history)
 
 
@@ -143,14 +135,6 @@ def _optimizer(latents: Mapping[str, Latent], recipe: Recipe) -> torch.optim.Ada
         {"params": ends, "peak": recipe.scale_lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=EPSILON, fused=True)
-
-
-def _schedule(step: int, total: int, warmup: float) -> float:
-    """Linear over round(warmup * total) steps to 1, then half a cosine to 0."""
-    warm = max(1, round(warmup * total))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 def _collect(latents: Mapping[str, Latent], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

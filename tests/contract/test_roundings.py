@@ -25,6 +25,7 @@ from dq_runtime.spec import GridSpec
 WINDOWS, LENGTH = 4, 24
 # Settings that keep these tests short, for methods whose defaults are made for real models.
 QUICK: dict[str, dict[str, Any]] = {
+    "discquant": {"iters": 8, "batch": 2, "epochs": 2, "lr": 0.02},
     "autoround": {"iters": 8, "batch": 2},
     "adaround": {"iters": 16, "batch": 2, "lr": 0.2},
     "adaquant": {"iters": 8, "batch": 2, "lr": 0.1},
@@ -82,7 +83,7 @@ def run(student: StudentModel, method: str, seed: int = 0, store: Store | None =
     rounding = ROUNDINGS.get(method)(QUICK.get(method, {}))
     with_student = Needs.STUDENT in rounding.needs
     if with_student:
-        student.begin()
+        student.begin(relaxed=Needs.RELAXED in rounding.needs)
     job = Job(
         student.layers,
         student if with_student else None,

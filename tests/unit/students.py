@@ -90,7 +90,7 @@ class MemoryStore:
         return False
 
     def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
-        self.saved = step, {n: t.clone() for n, t in tensors.items()}, {"history": list(extra["history"])}
+        self.saved = step, {n: t.clone() for n, t in tensors.items()}, {**extra, "history": list(extra["history"])}
 
     def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         return self.saved

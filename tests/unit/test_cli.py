@@ -88,9 +88,9 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
         (["--transform-set", "lr"], ["--transform-set", "NAME=VALUE"]),
         (["--transform", "spinquant", "--transform-set", "steps=0"], ["spinquant", "steps", "at least 1"]),
         (["--rounding", "nearest", "--set", "lr=1"], ["nearest", "lr"]),
-        (["--rounding", "discquant", "--set", "speed=1"], ["speed", "clamp"]),
+        (["--rounding", "discquant-paper", "--set", "speed=1"], ["speed", "clamp"]),
         (["--rounding", "discquant", "--set", "lr=fast"], ["lr", "fast"]),
-        (["--rounding", "discquant", "--set", "lr=-1"], ["lr", "positive"]),
+        (["--rounding", "discquant", "--set", "lr=-1"], ["lr", "0 or more"]),
         (["--rounding", "discquant", "--set", "lr"], ["--set", "NAME=VALUE"]),
         (["--override", "nonsense"], ["nonsense", "PATTERN=BITS"]),
         (["--override", "*=17"], ["17"]),
@@ -213,6 +213,7 @@ def test_quantize_json_is_the_report_and_nothing_else(
 ) -> None:
     command = ["quantize", str(tiny_model), "-o", str(tmp_path / "out"), "--calibration", str(tiny_text), "--json"]
     command += [*SMALL[:4], "--held-out-windows", held_out_windows, "--report", str(tmp_path / "report")]
+    command += ["--set", "iters=2", "--set", "epochs=1"]
     assert main(command) == 0
     printed = strict(capsys.readouterr().out)
     assert printed == strict((tmp_path / "out" / "report.json").read_text())

@@ -150,10 +150,10 @@ def test_flags_and_file_make_the_same_cells(tmp_path: Path) -> None:
 [protocol]
 windows = 7
 [[cells]]
-methods = ["nearest", "discquant"]
+methods = ["nearest", "discquant-paper"]
 bits = [2, 3]
 group_sizes = [64, "row"]
-options.discquant.clamp = 1.0
+options.discquant-paper.clamp = 1.0
 [[cells]]
 methods = "nearest"
 bits = 3
@@ -163,7 +163,7 @@ tasks = false
     protocol, cells = read_cells(file)
     assert protocol == {"windows": 7}
     flags = grid_cells(
-        ["nearest", "discquant"], [2, 3], [64, PER_ROW], ["identity"], options={"discquant": {"clamp": 1.0}}
+        ["nearest", "discquant-paper"], [2, 3], [64, PER_ROW], ["identity"], options={"discquant-paper": {"clamp": 1.0}}
     )
     assert [c.file_name for c in cells] == [c.file_name for c in flags]
     assert all(cell.tasks for cell in cells), "a cell that two blocks want is measured for the one that wants more"
@@ -183,7 +183,7 @@ def test_all_means_every_registered_method() -> None:
         ("[[cells]]\nmethods = 'nearest'\nbits = 3\ngroup_sizes = true", "group size must be"),
         ("[[cells]]\nmethods = 'nearest'\nbits = 3\ntransforms = 'magic'", "magic"),
         ("[[cells]]\nmethods = 'nearest'\nbits = 3\noptions.nearest.lr = 1", "no option 'lr'"),
-        ("[[cells]]\nmethods = 'nearest'\nbits = 3\noptions.discquant.lr = 1", "not among the methods"),
+        ("[[cells]]\nmethods = 'nearest'\nbits = 3\noptions.discquant-paper.lr = 1", "not among the methods"),
         ("[[cells]]\nmethods = 'nearest'\nbit = 3", "no key 'bit'"),
         ("[[cells]]\nmethods = 'nearest'", "needs methods and bits"),
         ("[[checkpoints]]\nname = 'x'", "needs name and path"),
@@ -298,13 +298,18 @@ def test_rows_are_sorted_and_differences_are_paired_within_a_grid() -> None:
     cells = [
         measured("nearest", [1.0, 3.0, 2.0]),
         measured("gptq", [0.5, 2.5, 1.5], tasks={"arc": [1, 0, 1, 1]}),
-        measured("discquant", [0.6, 2.4, 1.8], tasks={"arc": [1, 0, 0, 1]}),
+        measured("discquant-paper", [0.6, 2.4, 1.8], tasks={"arc": [1, 0, 0, 1]}),
         measured("nearest", [0.1, 0.2, 0.3], bits=4, bpw=4.25),
         {**measured("obc", []), "kind": "refused", "reason": "too large"},
     ]
     result = table_of(cells, {"protocol": {}, "command": ""})
     rows = result["rows"]
-    assert [(r["method"], r["bits"]) for r in rows] == [("nearest", 4), ("gptq", 3), ("discquant", 3), ("nearest", 3)]
+    assert [(r["method"], r["bits"]) for r in rows] == [
+        ("nearest", 4),
+        ("gptq", 3),
+        ("discquant-paper", 3),
+        ("nearest", 3),
+    ]
     assert rows[0]["kl_minus_best"]["ci95"] is None
     assert rows[1]["kl_minus_best"]["difference"] == 0
     nearest = rows[3]["kl_minus_best"]
@@ -330,7 +335,9 @@ def comparison(
     raw = directory / "wiki.raw"
     raw.write_text(tiny_text.read_text())
     settings = settings_for(tiny_model, tiny_text, wikitext=str(raw), wikitext_windows=3)
-    cells = grid_cells(["nearest", "discquant"], [3], [64], ["identity"], options={"discquant": {"steps": 4}})
+    cells = grid_cells(
+        ["nearest", "discquant-paper"], [3], [64], ["identity"], options={"discquant-paper": {"steps": 4}}
+    )
     cells += [checkpoint_cell(f"packed={packed_model}"), checkpoint_cell(f"itself={tiny_model}@4:row")]
     listener = Quiet()
     with pytest.MonkeyPatch.context() as patch:
@@ -354,19 +361,19 @@ def test_the_result_file_has_what_the_schema_promises(comparison: tuple[Path, di
     assert {"protocol", "rows", "excluded", "device", "versions", "date", "command"} <= set(result)
     assert len(result["protocol"]["calibration"]["sha256"]) == 64
     rows = {row["method"]: row for row in result["rows"]}
-    assert set(rows) == {REFERENCE, "nearest", "discquant", "packed", "itself"}
+    assert set(rows) == {REFERENCE, "nearest", "discquant-paper", "packed", "itself"}
     for row in result["rows"]:
         assert row["kl_ci95"][0] <= row["kl"] <= row["kl_ci95"][1]
         assert row["perplexity_ci95"][0] < row["perplexity"] < row["perplexity_ci95"][1]
         assert 0 <= row["top1"] <= 1
-    for name in ("nearest", "discquant"):
+    for name in ("nearest", "discquant-paper"):
         assert (rows[name]["bits"], rows[name]["group_size"], rows[name]["bpw"]) == (3, 64, 3.25)
         assert rows[name]["seconds"] > 0
         assert rows[name]["peak_memory_bytes"] > 10**7
-    assert rows["nearest"]["moved_fraction"] == 0 < rows["discquant"]["moved_fraction"]
-    assert rows["discquant"]["options"] == {"steps": 4}
-    assert rows["discquant"]["all_options"]["clamp"] == 0.5
-    assert {"Loading", "Evaluating", "Perplexity", "discquant"} <= listener.stages
+    assert rows["nearest"]["moved_fraction"] == 0 < rows["discquant-paper"]["moved_fraction"]
+    assert rows["discquant-paper"]["options"] == {"steps": 4}
+    assert rows["discquant-paper"]["all_options"]["clamp"] == 0.5
+    assert {"Loading", "Evaluating", "Perplexity", "discquant-paper"} <= listener.stages
     for name in ("compare.md", "compare_bpw.png", "compare_seconds.png"):
         assert (directory / name).stat().st_size > 500
     assert not any((directory / "work").iterdir()), "checkpoints are kept only while they are needed"
@@ -489,7 +496,7 @@ class PressesCtrlC(Quiet):
 
     def stage(self, title: str, step: int, total: int, figures: Mapping[str, float]) -> None:
         super().stage(title, step, total, figures)
-        if title == "discquant" and step >= 2 and not self.pressed:
+        if title == "discquant-paper" and step >= 2 and not self.pressed:
             self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -502,13 +509,13 @@ def test_ctrl_c_saves_the_cell_and_the_same_call_continues_it(
     """Interrupted in a process of its own, as ever; continued in this one, which costs no imports."""
     out = tmp_path / "out"
     settings = settings_for(tiny_model, tiny_text, held_out_windows=2)
-    cells = grid_cells(["discquant"], [3], [64], ["identity"], options={"discquant": {"steps": "100"}})
+    cells = grid_cells(["discquant-paper"], [3], [64], ["identity"], options={"discquant-paper": {"steps": "100"}})
     with monkeypatch.context() as patch:
         patch.setattr(runner, "_run", in_this_process)
         compare(settings, [], out, Quiet())
     user = PressesCtrlC()
     with pytest.raises(
-        Interrupted, match=r"^stopped in cell 1 of 1 \(discquant, 3 bits, group 64, steps=100\); run the"
+        Interrupted, match=r"^stopped in cell 1 of 1 \(discquant-paper, 3 bits, group 64, steps=100\); run the"
     ):
         compare(settings, cells, out, user)
     assert user.ended == []
@@ -518,8 +525,8 @@ def test_ctrl_c_saves_the_cell_and_the_same_call_continues_it(
     before = json.loads((state / "seconds.json").read_text())
     monkeypatch.setattr(runner, "_run", in_this_process)
     rows = {row["method"]: row for row in compare(settings, cells, out, Quiet())["rows"]}
-    assert rows["discquant"]["resumed"]
-    assert rows["discquant"]["seconds"] > before > 0, "the seconds of both tries"
+    assert rows["discquant-paper"]["resumed"]
+    assert rows["discquant-paper"]["seconds"] > before > 0, "the seconds of both tries"
     assert not state.exists()
 
 

@@ -83,7 +83,7 @@ def test_the_readme_table_is_the_committed_result() -> None:
     for row in table(report):
         assert "| " + " | ".join(row) + " |" in readme
     kl = report["held_out"]["kl"]
-    assert f"{kl['discquant'] / kl['nearest']:.2f}x nearest's KL" in readme
+    assert f"{kl['discquant-paper'] / kl['nearest']:.2f}x nearest's KL" in readme
     assert f"only {report['moved_from_nearest']:.1%} of the weights" in readme
     for name in ("device", "versions", "date", "command"):
         assert report[name]

@@ -116,7 +116,7 @@ def test_gpt2_rounded_by_discquant(tmp_path: Path) -> None:
 
     config = GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
     source = _build(tmp_path / "gpt2", config)
-    report = _quantize(source, tmp_path / "out", rounding=RoundingSpec("discquant", {"steps": 3}))
+    report = _quantize(source, tmp_path / "out", rounding=RoundingSpec("discquant-paper", {"steps": 3}))
     assert all(row["moved"] > 0 for row in report["layers"])
     _check_against_dense(source, tmp_path / "out")
 
@@ -266,7 +266,7 @@ def test_a_layer_of_zeros_and_one_of_constants(tmp_path: Path, rule: str, symmet
     weights["model.layers.1.mlp.up_proj.weight"].fill_(0.5)
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     grid = GridSpec(group_size=32, scale=rule, symmetric=symmetric)
-    _quantize(source, tmp_path / "out", grid=grid, rounding=RoundingSpec("discquant", {"steps": 2}))
+    _quantize(source, tmp_path / "out", grid=grid, rounding=RoundingSpec("discquant-paper", {"steps": 2}))
     packed: dict[str, Tensor] = {n: w.decode() for n, w in open_checkpoint(tmp_path / "out").packed()}
     assert not packed["model.layers.0.mlp.up_proj"].any()
     assert bool(torch.isfinite(packed["model.layers.1.mlp.up_proj"]).all())

@@ -16,7 +16,7 @@ from dq_runtime.backends.training import Lerp, TrainingCall
 from dq_runtime.backends.training_native import NativeTraining
 from dq_runtime.backends.training_reference import ReferenceTraining, lerp_weight
 from dq_runtime.rounding.base import AdamStep
-from dq_runtime.rounding.discquant import DiscQuant
+from dq_runtime.rounding.discquant_paper import DiscQuantPaper
 
 pytestmark = pytest.mark.skipif(os.environ.get("DQ_NATIVE") == "0", reason="DQ_NATIVE=0: built without the extension")
 
@@ -153,7 +153,7 @@ def test_rounding_in_float32_equals_the_plain_loop(
         monkeypatch.setenv("DQ_TRAINING", name)
         student = student_model(tiny_model, windows)
         student.begin()
-        history = DiscQuant({"steps": 6, "start": start}).round(job(student)).history
+        history = DiscQuantPaper({"steps": 6, "start": start}).round(job(student)).history
         results.append(({n: layer.x.detach().clone() for n, layer in student.layers.items()}, history))
     (found, ours), (expected, plain) = results
     for a, b in zip(ours, plain, strict=True):

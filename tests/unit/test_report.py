@@ -29,7 +29,7 @@ def run(
     report = dq_runtime.quantize(
         str(tiny_model),
         directory / "out",
-        QuantSpec(rounding=RoundingSpec("discquant", {"steps": 6})),
+        QuantSpec(rounding=RoundingSpec("discquant-paper", {"steps": 6})),
         calibration=str(tiny_text),
         windows=3,
         window_length=32,
@@ -55,9 +55,9 @@ def test_report_json_has_what_the_issue_promises(run: tuple[Path, Path, dict[str
     assert report == json.loads(json.dumps(returned))
     assert _json(extra / "report.json") == report
     held = report["held_out"]
-    assert set(held["kl"]) == {"nearest", "discquant"}
-    assert set(held["perplexity"]) == {"reference", "nearest", "discquant"}
-    assert set(held["top1_agreement"]) == {"nearest", "discquant"}
+    assert set(held["kl"]) == {"nearest", "discquant-paper"}
+    assert set(held["perplexity"]) == {"reference", "nearest", "discquant-paper"}
+    assert set(held["top1_agreement"]) == {"nearest", "discquant-paper"}
     assert all(v > 0 for v in held["kl"].values())
     assert all(v > 1 for v in held["perplexity"].values())
     assert all(0 <= v <= 1 for v in held["top1_agreement"].values())
@@ -90,7 +90,7 @@ def test_the_held_out_kl_is_that_of_the_checkpoint_on_disk(
         p = original.model(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
         q = written.logits(tokens)[:, :-1].double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert report["held_out"]["kl"]["discquant"] == pytest.approx(kl, rel=1e-3)
+    assert report["held_out"]["kl"]["discquant-paper"] == pytest.approx(kl, rel=1e-3)
     nll = torch.nn.functional.nll_loss(p.flatten(0, 1), tokens[:, 1:].flatten()).item()
     assert report["held_out"]["perplexity"]["reference"] == pytest.approx(math.exp(nll), rel=1e-3)
 
@@ -143,10 +143,10 @@ def test_the_model_card_s_table_is_the_report_s(run: tuple[Path, Path, dict[str,
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in card.splitlines() if line.startswith("|")]
     assert [rows[0], *rows[2:]] == table(run[2])
     held = run[2]["held_out"]
-    line = next(r for r in rows if r[0] == "discquant")
-    assert f"{held['kl']['discquant']:.4f}" in line[1]
-    assert f"{held['perplexity']['discquant']:.2f}" == line[2]
-    assert f"{held['top1_agreement']['discquant']:.1%}" == line[3]
+    line = next(r for r in rows if r[0] == "discquant-paper")
+    assert f"{held['kl']['discquant-paper']:.4f}" in line[1]
+    assert f"{held['perplexity']['discquant-paper']:.2f}" == line[2]
+    assert f"{held['top1_agreement']['discquant-paper']:.1%}" == line[3]
     assert card.startswith("---\nbase_model: ")
     assert "library_name: transformers" in card
 

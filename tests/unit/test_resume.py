@@ -28,7 +28,7 @@ STEPS = 12
 
 
 def _spec(**changes: Any) -> QuantSpec:
-    settings = {"rounding": RoundingSpec("discquant", {"steps": STEPS})}
+    settings = {"rounding": RoundingSpec("discquant-paper", {"steps": STEPS})}
     return QuantSpec(**(settings | changes))
 
 
@@ -133,7 +133,7 @@ def test_self_sampled_text_is_sampled_once(tiny_model: Path, tmp_path: Path, mon
     [
         ({"spec": _spec(seed=1)}, "spec"),
         ({"spec": _spec(grid=GridSpec(bits=4))}, "spec"),
-        ({"spec": _spec(rounding=RoundingSpec("discquant", {"steps": STEPS, "lr": 0.2}))}, "spec"),
+        ({"spec": _spec(rounding=RoundingSpec("discquant-paper", {"steps": STEPS, "lr": 0.2}))}, "spec"),
         ({"windows": 5}, "calibration"),
         ({"windows": 2, "window_length": 64}, "calibration"),
         ({"held_out_windows": 3}, "held-out"),
@@ -239,7 +239,7 @@ def test_codes_of_a_finished_rounding_are_not_computed_again(
     assert not output.exists()
     assert (left / "model.safetensors").exists()
     _unloadable(tmp_path)
-    monkeypatch.setattr("dq_runtime.rounding.discquant.DiscQuant.round", None)  # rounding again would fail
+    monkeypatch.setattr("dq_runtime.rounding.discquant_paper.DiscQuantPaper.round", None)  # rounding again would fail
     _quantize(tiny_model, tiny_text, output, resume=True)
     assert (output / "model.safetensors").read_bytes() == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

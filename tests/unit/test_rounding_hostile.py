@@ -25,7 +25,7 @@ from dq_runtime.runtime.dense import load_dense
 from dq_runtime.spec import GridSpec, Override, QuantSpec, RoundingSpec, Target
 
 # Of every method that has it, so that this file says nothing of any method in particular.
-FEW = {"steps": 2, "iters": 2, "batch": 2, "passes": 2}
+FEW = {"steps": 2, "iters": 2, "batch": 2, "passes": 2, "epochs": 1}
 every_method = pytest.mark.parametrize("method", list(ROUNDINGS))
 
 
@@ -129,7 +129,7 @@ def _rounded(directory: Path, method: str, skips: bool) -> tuple[StudentModel, R
     student = StudentModel(model, layers, windows, torch.float32)
     rounding = ROUNDINGS.get(method)(_options(method))
     if Needs.STUDENT in rounding.needs:
-        student.begin()
+        student.begin(relaxed=Needs.RELAXED in rounding.needs)
     job = Job(
         layers,
         student,
@@ -145,10 +145,13 @@ def _rounded(directory: Path, method: str, skips: bool) -> tuple[StudentModel, R
 @pytest.mark.parametrize(
     ("method", "skips"),
     # Skipped experts leave no gradient, and experts called with no rows one of zeros: one method of each kind has both.
-    [*((m, True) for m in ROUNDINGS), *((m, False) for m in ("discquant", "gptq", "autoround", "yaqa", "qat"))],
+    [
+        *((m, True) for m in ROUNDINGS),
+        *((m, False) for m in ("discquant", "discquant-paper", "gptq", "autoround", "yaqa", "qat")),
+    ],
 )
 def test_an_expert_without_calibration_tokens_is_rounded_to_nearest(smallest: Path, method: str, skips: bool) -> None:
-    """Except where the method itself says what else: discquant starts at random, and two steps of c* end nowhere."""
+    """Except where the method itself says what else: the paper starts at random, and two steps of c* end nowhere."""
     student, rounded = _rounded(smallest, method, skips)
     idle = [name for name in student.layers if "experts.1" in name]
     assert len(idle) == 3

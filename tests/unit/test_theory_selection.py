@@ -108,7 +108,7 @@ def test_mean_hidden_states_are_those_of_the_model(tiny_model: Path) -> None:
 
 
 def test_quantize_calibrates_on_a_coreset(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    spec = QuantSpec(GridSpec(bits=3, group_size=64), rounding=RoundingSpec("discquant"))
+    spec = QuantSpec(GridSpec(bits=3, group_size=64), rounding=RoundingSpec("discquant-paper"))
     run = partial(quantize, str(tiny_model), spec=spec, calibration=str(tiny_text), windows=4, window_length=32)
     reports = {
         select: run(tmp_path / select, held_out_windows=2, calibration_select=select)

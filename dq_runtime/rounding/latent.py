@@ -1,0 +1,134 @@
+"""A weight under training in four bytes: a 16-bit number whose first bits are its code, and Adam's moments.
+
+    u [N, K] in [0, 1), held as u * 2^16 (less 2^15: torch has no arithmetic on uint16)
+    code = floor(u * 2^bits): the first ``bits`` bits.   w_hat = scale * (code - zero)
+
+So u * 2^bits is the weight in grid steps, counted from the lower edge of the lowest code's cell, and at 3 bits 2^-13 of
+a step is the least that can change. The model runs on w_hat; its gradient counts as that of u (the straight-through
+estimator, arXiv 1308.3432), also at both ends of the grid, where u stops. One step of Adam, without weight decay:
+
+    u <- u - lr * (m / sqrt(v)) with the usual bias corrections, lr in grid steps
+
+The scale of a gradient cancels in m / sqrt(v), so it is taken with respect to w_hat. No gradient is kept: the update is
+made as soon as the backward pass has that of the layer, while those of the layers below it do not exist yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq_runtime.grids import Grid, Scales
+from dq_runtime.rounding.base import Choice, LayerProblem
+from dq_runtime.rounding.byte_moments import BETA1, BETA2, ByteMoments, correction, smallest
+from dq_runtime.rounding.dither import Dither, chunks
+
+
+class _StraightThrough(torch.autograd.Function):
+    """w_hat, whose gradient is handed to a leaf that holds no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, latent: Latent) -> Tensor:
+        return latent.decoded()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class Latent:
+    """One layer. ``u`` int16 [N, K] as held, on fixed ``scales``; ``seed``: of its stochastic rounding."""
+
+    def __init__(self, grid: Grid, scales: Scales, u: Tensor, moments: ByteMoments, seed: int) -> None:
+        self._grid, self._seed = grid, seed
+        self.bits = grid.spec.bits
+        self.scales, self.u, self.moments = scales, u, moments
+        self.lr = 0.0  # of the next step, in grid steps
+        # Zero strides: [N, K] to autograd, 4 bytes in memory.
+        self._leaf = torch.zeros((), device=u.device).expand(u.shape).detach().requires_grad_()
+        self._leaf.register_post_accumulate_grad_hook(self._consume)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def start(cls, layer: LayerProblem, choice: Choice, room: float, seed: int) -> Latent:
+        """From a choice: at the original weight, but at most ``room`` grid steps from the middle of its code's cell
+        (0.5: up to the edge)."""
+        scales = choice.scales or layer.scales
+        u = _start(layer, choice.codes, scales, room)
+        return cls(layer.grid, scales, u, ByteMoments.zeros(u.shape, u.device), seed)
+
+    @classmethod
+    def resumed(cls, layer: LayerProblem, name: str, tensors: Mapping[str, Tensor], seed: int) -> Latent:
+        """From what :meth:`tensors` gave."""
+        device = layer.scales.scale.device
+        held = {
+            key: tensors[f"{name}.{key}"].to(device)
+            for key in ("u", "m", "v", "bound", "scale", "zero")
+            if f"{name}.{key}" in tensors
+        }
+        moments = ByteMoments(held["m"], held["v"], held["bound"], int(tensors[f"{name}.steps"]))
+        return cls(layer.grid, Scales(held["scale"], held.get("zero")), held["u"], moments, seed)
+
+    def codes(self) -> Tensor:
+        """uint8 [N, K]."""
+        high = self.u.bitwise_right_shift(16 - self.bits)
+        return high.add_(1 << (self.bits - 1)).to(torch.uint8)
+
+    def decoded(self) -> Tensor:
+        """w_hat, float32 [N, K]."""
+        return self._grid.decode(self.codes(), self.scales)
+
+    def weight(self) -> Tensor:
+        """The same; a gradient that reaches it makes a step."""
+        result: Tensor = _StraightThrough.apply(self._leaf, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def choice(self) -> Choice:
+        """The codes as they are now, with the scales that they are meant with."""
+        return Choice(self.codes(), self.scales)
+
+    def _consume(self, leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        self.step(gradient)
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """One step with the KL's gradient to w_hat [N, K], any float dtype."""
+        shape, device, moments = self.u.shape, self.u.device, self.moments
+        steps = moments.steps + 1  # of this layer: an expert makes one only where a token reached it
+        dither = Dither(shape, 3, self._seed * 1_000_003 + steps, device)
+        bound = BETA2 * moments.bound + (1 - BETA2) * gradient.abs().max().float().square()
+        least = smallest(bound)
+        rate = self.lr * 2 ** (16 - self.bits)  # in units of u's last bit
+        for rows in chunks(shape, device):
+            g = gradient[rows].float()
+            m, v = moments.decode(rows)
+            v = v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2).clamp_(min=least)
+            share = m.mul_(BETA1).add_(g, alpha=1 - BETA1).div_(v.sqrt()).mul_(correction(steps))
+            moments.encode(rows, share, v, bound, (dither.of(0, rows), dither.of(1, rows)))
+            moved = self.u[rows] + dither.of(2, rows).sub_(share, alpha=rate)
+            self.u[rows] = moved.floor_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+        moments.bound, moments.steps = bound, steps
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, named after the layer."""
+        tensors = {f"{name}.u": self.u, f"{name}.m": self.moments.m, f"{name}.v": self.moments.v}
+        tensors |= {f"{name}.bound": self.moments.bound, f"{name}.steps": torch.tensor(self.moments.steps)}
+        tensors[f"{name}.scale"] = self.scales.scale
+        return tensors if self.scales.zero is None else tensors | {f"{name}.zero": self.scales.zero}
+
+
+@torch.no_grad()
+def _start(layer: LayerProblem, codes: Tensor, scales: Scales, room: float) -> Tensor:
+    """u of the original weight, at most ``room`` grid steps from the middle of its code's cell, as it is held."""
+    bits = layer.grid.spec.bits
+    position = layer.grid.position(layer.weight(), scales)
+    codes = codes.to(position.device)
+    off = position.sub_(codes).clamp_(-room, room)
+    held = off.add_(codes).add_(0.5).mul_(2 ** (16 - bits)).floor_().sub_(2**15)
+    # room 0.5 would reach the next cell.
+    lowest = (codes.int() - 2 ** (bits - 1)) * 2 ** (16 - bits)
+    return held.int().clamp_(lowest, lowest + 2 ** (16 - bits) - 1).to(torch.int16)

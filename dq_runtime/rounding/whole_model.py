@@ -1,0 +1,75 @@
+"""The loop of the methods that round the whole model at once: a step a window (or a few), its KL, the state kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dq_runtime.errors import SpecError
+from dq_runtime.rounding.base import Job
+
+# A run is called diverged where the KL of this many windows in a row is more than TOO_FAR times that of the first.
+WATCHED = 32
+TOO_FAR = 4.0
+Saved = tuple[int, dict[str, Tensor], dict[str, Any]] | None
+
+
+def warmup_cosine(step: int, total: int, warmup: float) -> float:
+    """The factor on every rate at a step from 0: linear over round(warmup * total) steps to 1, then half a cosine to
+    0."""
+    warm = max(1, round(warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def check_kl(kl: float, step: int) -> None:
+    """Raise :class:`SpecError` for a KL that is not finite; ``step`` counts from 0."""
+    if not math.isfinite(kl):
+        raise SpecError(f"the KL became {kl} at step {step + 1}; use a smaller lr or float32 computation")
+
+
+def check_progress(history: Sequence[Mapping[str, float]], steps: int) -> None:
+    """Raise :class:`SpecError` where the KL has left the beginning of the last ``steps`` rows far behind."""
+    if steps < 2 * WATCHED:
+        return
+    begin = len(history) - steps
+    first = sum(row["kl"] for row in history[begin : begin + WATCHED]) / WATCHED
+    last = sum(row["kl"] for row in history[-WATCHED:]) / WATCHED
+    if last > TOO_FAR * first:
+        raise SpecError(
+            f"the KL rose from {first:.3g} to {last:.3g} in {steps} steps; use a smaller lr or float32 computation"
+        )
+
+
+def run_steps(
+    job: Job,
+    saved: Saved,
+    total: int,
+    step: Callable[[int], dict[str, float]],
+    state: Callable[[], Mapping[str, Tensor]],
+    before: Sequence[dict[str, float]] = (),
+    may_rise: bool = True,
+) -> list[dict[str, float]]:
+    """``step(i)`` for every i from where ``saved`` (already restored) ends to ``total``: it makes the step and returns
+    its figures, ``kl`` among them. Figures are kept and shown, ``state()`` is saved when it is time, and the run stops
+    when asked to and, unless the KL ``may_rise`` (as from a random start), where it diverges. Returns the history: it
+    begins with ``before`` (what was made of the model before the first step) and holds that of ``saved``."""
+    first, history = 0, list(before)
+    if saved is not None:
+        first, history = saved[0], list(saved[2]["history"])
+    for i in range(first, total):
+        figures = step(i)
+        history.append({"step": len(history) + 1, **figures})
+        if not may_rise:
+            check_progress(history, i + 1)
+        job.monitor(i + 1, total, **{name: figures[name] for name in ("kl", "rounded") if name in figures})
+        stop = job.store.stop_requested()
+        if i + 1 < total and (stop or job.store.due()):
+            job.store.save(i + 1, state(), {"history": history})
+        if stop and i + 1 < total:
+            job.store.stop(i + 1, total)
+    return history

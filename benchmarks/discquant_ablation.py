@@ -116,8 +116,10 @@ class WideLatent:
         self._u = (level + off.clamp(-row.room, row.room)).requires_grad_()
         self._peak = row.lr
         parts = [(self._u, 1.0)] + [(end, row.scale_lr) for end in self._scales.parameters]
+        self._optimisers = []
         for leaf, rate in parts:
             optimiser = OPTIMISERS[row.optimiser]([{"params": [leaf], "lr": 1.0}])
+            self._optimisers.append(optimiser)
             leaf.register_post_accumulate_grad_hook(lambda leaf, o=optimiser, r=rate: self._step(leaf, o, r))
 
     def _step(self, leaf: Tensor, optimiser: torch.optim.Optimizer, rate: float) -> None:
@@ -139,7 +141,10 @@ class WideLatent:
         return Choice(codes(self._w(), s, z, self._scales.top), self._scales.held(s, z))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        raise AssertionError("never saved")
+        """What is held between steps."""
+        held = [leaf for optimiser in self._optimisers for group in optimiser.param_groups for leaf in group["params"]]
+        held += [t for optimiser in self._optimisers for state in optimiser.state.values() for t in state.values()]
+        return {f"{name}.{i}": tensor for i, tensor in enumerate(held)}
 
 
 class StartedPaper(DiscQuantPaper):

@@ -1,0 +1,170 @@
+"""Memory and time of a step: discquant-paper, discquant's second stage, and that stage with 32-bit state.
+
+    python benchmarks/discquant_memory.py [--output FILE]
+
+A random Llama (67 million weights, 3 bits, groups of 64, float32, one thread) is rounded for a few steps by each, in a
+process of its own. Bytes are per quantized weight:
+
+    state      what the method holds between two steps, counted tensor by tensor
+    original   what the layers hold of the original weights beside it (the teacher), likewise
+    peak       how far the process's memory rises above what it was before the method began: state, gradients, temporary
+               tensors and activations (64 tokens, an embedding of 512: small on purpose)
+
+The held-out KL beside them is that of stories260K in benchmarks/results/compare_stories260k.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from discquant_ablation import Row, WideLatent
+from discquant_step import NoState
+from theory_common import ROOT, write_result
+from torch import Tensor
+
+from dq_runtime.environment import flushed_denormals
+from dq_runtime.grids import GRIDS
+from dq_runtime.modules.student import StudentModel
+from dq_runtime.modules.student_linear import StudentLinear
+from dq_runtime.modules.surgery import linears, replace_module, weight_of
+from dq_runtime.rounding import Choice, Job
+from dq_runtime.rounding.discquant import Recipe, distil, usual_rate
+from dq_runtime.rounding.discquant_paper import DiscQuantPaper
+from dq_runtime.rounding.latent import Latent
+from dq_runtime.spec import GridSpec
+
+BITS, STEPS, WINDOW = 3, 8, 64
+SHAPE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 512,
+}
+METHODS = ("discquant-paper", "discquant", "discquant, 32-bit state")
+
+
+def build() -> StudentModel:
+    """The model, its layers on the grid."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=WINDOW, tie_word_embeddings=True)).eval()
+    spec, layers = GridSpec(bits=BITS, group_size=64), {}
+    for name, module in linears(model).items():
+        layers[name] = StudentLinear(4 * weight_of(module), None, GRIDS.get(spec.name)(spec))
+        replace_module(model, name, layers[name])
+        module.weight = None
+    windows = torch.randint(0, SHAPE["vocab_size"], (STEPS, WINDOW), generator=torch.Generator().manual_seed(1))
+    return StudentModel(model, layers, windows, torch.float32)
+
+
+def kilobytes(field: str) -> int:
+    """VmRSS or VmHWM of this process."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure(method: str) -> dict[str, Any]:
+    """One row; in a fresh process."""
+    torch.set_num_threads(1)
+    student = build()
+    weights = sum(layer.in_features * layer.out_features for layer in student.layers.values())
+    original = size(t for layer in student.layers.values() for t in (layer._lo, layer._y, layer._free))
+    for window in (0, 1):  # everything that is loaded or cached at first use is there before the count begins
+        student.set_mode(student.layers[next(iter(student.layers))].mode)
+        with torch.no_grad():
+            student.logits(student.tokens[window])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before, times, states = kilobytes("VmRSS"), [], []
+    begin = time.perf_counter()
+
+    def monitor(step: int, total: int, **figures: float) -> None:
+        nonlocal begin
+        times.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+
+    class Store(NoState):
+        def due(self) -> bool:
+            return not states
+
+        def save(self, step: int, tensors: Any, extra: Any) -> None:
+            states.append(size(tensors.values()))
+
+    student.begin(relaxed=method == "discquant-paper")
+    job = Job(student.layers, student, 0, Store(), monitor)
+    with flushed_denormals():
+        if method == "discquant-paper":
+            DiscQuantPaper({}).round(job)
+        else:
+            distil(job, None, _latents(student, method == "discquant"), Recipe(epochs=1), [])
+    peak = 1024 * (kilobytes("VmHWM") - before)
+    return {
+        "method": method,
+        "state_bytes_per_weight": states[0] / weights,
+        "original_bytes_per_weight": original / weights,
+        "peak_bytes_per_weight": peak / weights,
+        "seconds_per_step": statistics.median(times[1:]),
+        "weights": weights,
+    }
+
+
+def _latents(student: StudentModel, own: bool) -> dict[str, Any]:
+    row = Row("", "", lr=usual_rate(BITS))
+    latents: dict[str, Any] = {}
+    for name, layer in student.layers.items():
+        choice = Choice(layer.grid.nearest(layer.weight(), layer.scales))
+        latents[name] = Latent.start(layer, choice, row.room, 0) if own else WideLatent(layer, choice, row)
+    return latents
+
+
+def _answer(method: str, pipe: Any) -> None:
+    pipe.send(measure(method))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "discquant_memory.json")
+    output = parser.parse_args().output
+    kls = json.loads((ROOT / "benchmarks" / "results" / "compare_stories260k.json").read_text())["rows"]
+    rows = []
+    for method in METHODS:
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=_answer, args=(method, theirs))
+        process.start()
+        row = ours.recv()
+        process.join()
+        at = {"method": method, "bits": BITS, "group_size": 64, "transform": "identity"}
+        found = [k["kl"] for k in kls if all(k.get(key) == value for key, value in at.items())]
+        rows.append(row | {"kl_stories260k": found[0] if found else None})
+        print(json.dumps(rows[-1]))
+    result = {
+        "question": "bytes a quantized weight, seconds a step and held-out KL of stories260K",
+        "model": SHAPE,
+        "bits": BITS,
+        "window": WINDOW,
+        "steps": STEPS,
+        "rows": rows,
+    }
+    write_result(output, "discquant_memory", result)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

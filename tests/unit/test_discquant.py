@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from students import MemoryStore, student_model
+from students import MemoryStore, student_linear, student_model
 from torch import Tensor
 
 from dq_runtime.errors import Interrupted, SpecError
@@ -15,9 +15,10 @@ from dq_runtime.modules.blocks import ModelBlocks
 from dq_runtime.modules.kl import kl_per_token
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import Mode
-from dq_runtime.rounding import ROUNDINGS, Job, Needs, Rounded
+from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Weights
 from dq_runtime.rounding.base import choices_to_tensors
-from dq_runtime.rounding.discquant import DiscQuant, usual_rate, window_order
+from dq_runtime.rounding.discquant import DiscQuant, Recipe, distil, usual_rate, window_order
+from dq_runtime.rounding.latent import Latent
 
 QUICK = {"iters": 8, "batch": 2, "epochs": 3, "lr": 0.02}
 
@@ -125,12 +126,35 @@ def test_rates_follow_the_bits_of_each_layer(tiny_model: Path, windows: Tensor) 
     assert 0 < rates[-1] < 0.1 * usual_rate(4)
 
 
-def test_a_run_that_diverges_stops_and_says_what_to_lower(tiny_model: Path, windows: Tensor) -> None:
-    student = student_model(tiny_model, windows, bits=4)
-    with pytest.raises(
-        SpecError, match=r"^the KL rose from [\d.e-]+ to [\d.e+]+ in \d+ steps; use a smaller lr [^\n]+$"
-    ):
-        _round(student, {"iters": 4, "epochs": 40, "lr": 3.0})
+class Drifting:
+    """A ``Student`` whose KL is multiplied by ``factor`` at every step."""
+
+    def __init__(self, factor: float) -> None:
+        self.windows, self.layers, self._kl, self._factor = 100, dict[str, Any](), 0.1, factor
+
+    def kl_backward(self, window: int, weights: Weights | None = None) -> Tensor:
+        self._kl *= self._factor
+        return torch.tensor(self._kl)
+
+
+@pytest.mark.parametrize("before", [0, 50])
+def test_a_run_that_diverges_stops_and_says_what_to_lower(before: int) -> None:
+    """The means of 32 steps that end n steps apart differ by factor^n: 1.1^15 is 4.2, so the limit of 4 is passed 15
+    steps after the first 32, but nothing is said before there are twice 32. At 1.01 a run ends at 1.01^68 = 2."""
+    layer = student_linear(torch.ones(2, 16), bits=3, group_size=16)
+    nearest = Choice(layer.grid.nearest(layer.weight(), layer.scales))
+    rows = [{"step": i + 1.0, "loss": 0.5} for i in range(before)]
+
+    def run(factor: float) -> list[dict[str, float]]:
+        latents = {"layer": Latent.start(layer, nearest, 0.45, 0)}
+        quiet = Job({"layer": layer}, Drifting(factor), 0, MemoryStore(), lambda *a, **k: None)
+        return distil(quiet, None, latents, Recipe(epochs=1), rows)
+
+    assert len(run(1.01)) == before + 100
+    with pytest.raises(SpecError, match=r"^the KL rose from [\d.]+ to [\d.]+ in 64 steps; use a smaller lr [^\n]+$"):
+        run(1.1)
+    with pytest.raises(SpecError, match=r"^the KL became inf at step \d+; use a smaller lr [^\n]+$"):
+        run(1e40)
 
 
 def test_nothing_is_kept_between_the_passes(tiny_model: Path, windows: Tensor) -> None:

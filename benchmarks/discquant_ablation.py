@@ -6,7 +6,8 @@ The protocol is that of benchmarks/compare_stories260k.toml: 128 calibration win
 symmetric grid, float32, one thread. Every row sees the same calibration windows; those of the second stage see each
 window ``epochs`` times. Seconds are those of the stages alone, the first one's measured once and counted in every row
 that begins with it. ``--stories`` is what benchmarks/stories260k.py makes. Parts that are done lie in
-build/theory/discquant_ablation and are not computed again.
+build/theory/discquant_ablation and are not computed again; results are written after every row, so that a run that is
+stopped shows what it has.
 """
 
 from __future__ import annotations
@@ -75,31 +76,28 @@ class Row:
 
 
 ROWS = [
-    Row("result", "epochs 8", epochs=8),
-    Row("result", "epochs 8", bits=2, epochs=8),
-    Row("result", "epochs 8", bits=4, epochs=8),
     *(Row("state", f"{s}, seed {seed}", state=s, seed=seed) for seed in range(3) for s in ("bytes", "float32")),
-    *(Row("state", f"{s}, 2 bits", bits=2, state=s) for s in ("bytes", "float32")),
-    *(Row("first stage", f"{start} alone", start=start, epochs=0) for start in ("nearest", "autoround", "gsq")),
+    *(Row("state", f"{s}, seed 0", bits=2, state=s) for s in ("bytes", "float32")),
     *(Row("first stage", f"{start}, then KL", start=start) for start in ("nearest", "autoround", "gsq")),
-    *(Row("rate", f"lr {lr}", bits=2, lr=lr) for lr in (0.002, 0.004, 0.008)),
+    *(Row("first stage", f"{start} alone", start=start, epochs=0) for start in ("nearest", "autoround", "gsq")),
+    *(Row("paper", f"discquant-paper, epochs {e}", start="none", paper=True, epochs=e) for e in (1, 4)),
+    *(Row("paper", f"autoround, then discquant-paper, epochs {e}", paper=True, epochs=e) for e in (1, 4)),
+    Row("paper", "autoround, then the second stage, epochs 4"),
     *(Row("rate", f"lr {lr}", bits=3, lr=lr) for lr in (0.001, 0.002, 0.004, 0.01)),
+    *(Row("rate", f"lr {lr}", bits=2, lr=lr) for lr in (0.002, 0.004, 0.008)),
     *(Row("rate", f"lr {lr}", bits=4, lr=lr) for lr in (0.0005, 0.001, 0.002)),
     *(Row("rate", f"lr {lr}", group=32, lr=lr) for lr in (0.001, 0.002, 0.004)),
-    *(Row("epochs", f"{epochs}", epochs=epochs) for epochs in (1, 2, 4, 8, 16)),
     Row("initialisation", "at the middle of the code's cell", room=0.0),
     Row("initialisation", "original weight, within 0.25 of the middle", room=0.25),
     Row("initialisation", "original weight, within 0.45 of the middle"),
     Row("initialisation", "original weight, anywhere in the cell", room=0.5),
     Row("initialisation", "original weight, no walls (the first stage's codes are lost)", room=FREE, state="float32"),
-    *(Row("scales", f"learned, rate {rate}", state="float32", scale_lr=rate) for rate in (1e-4, 1e-3)),
+    *(Row("epochs", f"{epochs}", epochs=epochs) for epochs in (1, 2, 4, 8, 16)),
     Row("scales", "fixed", state="float32"),
+    *(Row("scales", f"learned, rate {rate}", state="float32", scale_lr=rate) for rate in (1e-4, 1e-3)),
     Row("optimiser", "Adam", state="float32"),
     *(Row("optimiser", f"Lion, lr {lr}", state="float32", optimiser="lion", lr=lr) for lr in (2e-4, 5e-4, 1e-3)),
     *(Row("optimiser", f"signs, lr {lr}", state="float32", optimiser="sign", lr=lr) for lr in (2e-4, 1e-3)),
-    *(Row("paper", f"discquant-paper, epochs {e}", start="none", paper=True, epochs=e) for e in (1, 4)),
-    *(Row("paper", f"autoround, then discquant-paper, epochs {e}", paper=True, epochs=e) for e in (1, 4)),
-    Row("paper", "autoround, then the second stage"),
 ]  # fmt: skip
 
 
@@ -188,10 +186,16 @@ class Bench:
     def figures(self, row: Row) -> dict[str, Any]:
         """Of one row, from the disk where it was run before."""
         first = 0.0 if row.start == "none" else self.first_stage(row)
-        case = {**row.settings(), "train": self.train.fingerprint(), "held": self.held.fingerprint()}
-        name = f"{row.bits} bits {row.start} {row.state} {row.optimiser} epochs {row.epochs}"
-        second = self.parts.get(name, case, lambda: self._second(row))
-        return {**second, "seconds": second["seconds"] + first}
+        second = self.parts.get(*self._part(row), lambda: self._second(row))
+        return {**asdict(row), **second, "seconds": second["seconds"] + first}
+
+    def finished(self, row: Row) -> bool:
+        """Whether it was run before."""
+        return self.parts.has(*self._part(row))
+
+    def _part(self, row: Row) -> tuple[str, dict[str, Any]]:
+        texts = {"train": self.train.fingerprint(), "held": self.held.fingerprint()}
+        return f"{row.bits} bits {row.start} {row.state} {row.optimiser} epochs {row.epochs}", row.settings() | texts
 
     def first_stage(self, row: Row) -> float:
         """Its seconds; what it chose is kept in a file."""
@@ -271,26 +275,36 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
+def write(bench: Bench, results: Path, docs: Path) -> None:
+    """The rows that are finished."""
+    rows = [bench.figures(row) for row in ROWS if bench.finished(row)]
+    result = {
+        "question": "held-out KL of stories260K, one choice of discquant changed at a time",
+        "protocol": {"windows": WINDOWS, "held_out_windows": HELD_OUT, "window_length": LENGTH, "dtype": "float32"},
+        "calibration_sha256": bench.train.fingerprint(),
+        "held_out_sha256": bench.held.fingerprint(),
+        "finished": f"{len(rows)} of {len(ROWS)} rows",
+        "rows": rows,
+    }
+    written = write_result(results / "discquant_ablation.json", "discquant_ablation", result)
+    file = docs / "discquant.md"
+    page = file.read_text(encoding="utf-8")
+    for table, lines in tables(written["rows"]).items():
+        page = with_figure(page, table, lines)
+    replace_file(file, lambda path: path.write_text(page, encoding="utf-8"))
+
+
 def main() -> None:
     chosen = options(__doc__)
     if not chosen.stories or not chosen.stories_text:
         raise DataError("give --stories DIR and --stories-text FILE: this experiment is about that model")
     torch.set_num_threads(1)  # its matrices are too small for more
     bench = Bench(chosen.stories, chosen.stories_text, Parts("discquant_ablation"))
-    rows = [{**asdict(row), **bench.figures(row)} for row in ROWS]
-    result = {
-        "question": "held-out KL of stories260K, one choice of discquant changed at a time",
-        "protocol": {"windows": WINDOWS, "held_out_windows": HELD_OUT, "window_length": LENGTH, "dtype": "float32"},
-        "calibration_sha256": bench.train.fingerprint(),
-        "held_out_sha256": bench.held.fingerprint(),
-        "rows": rows,
-    }
-    written = write_result(chosen.results / "discquant_ablation.json", "discquant_ablation", result)
-    file = chosen.docs / "discquant.md"
-    page = file.read_text(encoding="utf-8")
-    for table, lines in tables(written["rows"]).items():
-        page = with_figure(page, table, lines)
-    replace_file(file, lambda path: path.write_text(page, encoding="utf-8"))
+    write(bench, chosen.results, chosen.docs)
+    for row in ROWS:
+        if not bench.finished(row):
+            bench.figures(row)
+            write(bench, chosen.results, chosen.docs)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,7 @@ class Parts:
 
     def get(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives, from the disk where these settings were computed before."""
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-        file = self.directory / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{key}.json"
+        file = self._file(name, settings)
         if not file.exists():
             started = time.monotonic()
             print(f"{name} ...", end=" ", flush=True)
@@ -124,6 +123,14 @@ class Parts:
             replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
             print(f"{time.monotonic() - started:.1f} s", flush=True)
         return json.loads(file.read_text(encoding="utf-8"))["value"]
+
+    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether this part is finished."""
+        return self._file(name, settings).exists()
+
+    def _file(self, name: str, settings: Mapping[str, Any]) -> Path:
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        return self.directory / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{key}.json"
 
 
 def finish(

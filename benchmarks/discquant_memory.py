@@ -3,7 +3,7 @@
     python benchmarks/discquant_memory.py [--output FILE]
 
 A random Llama (67 million weights, 3 bits, groups of 64, float32, one thread) is rounded for a few steps by each, in a
-process of its own. Bytes are per quantized weight:
+process of its own. Run from the root with the package installed. Bytes are per quantized weight:
 
     state      what the method holds between two steps, counted tensor by tensor
     original   what the layers hold of the original weights beside it (the teacher), likewise
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from discquant_ablation import Row, WideLatent
 from discquant_step import NoState
-from theory_common import ROOT, write_result
+from theory_common import ROOT, rows_of, with_figure, write_result
 from torch import Tensor
 
 from dq_runtime.environment import flushed_denormals
@@ -36,6 +36,7 @@ from dq_runtime.grids import GRIDS
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import StudentLinear
 from dq_runtime.modules.surgery import linears, replace_module, weight_of
+from dq_runtime.packing.atomic import replace_file
 from dq_runtime.rounding import Choice, Job
 from dq_runtime.rounding.discquant import Recipe, distil, usual_rate
 from dq_runtime.rounding.discquant_paper import DiscQuantPaper
@@ -134,6 +135,20 @@ def _latents(student: StudentModel, own: bool) -> dict[str, Any]:
     return latents
 
 
+def table(result: dict[str, Any]) -> list[str]:
+    """In markdown."""
+    head = ["bytes a weight", "state", "original", "peak above both", "seconds a step", "held-out KL"]
+    lines = []
+    for row in result["rows"]:
+        kl = row["kl_stories260k"]
+        sizes = [f"{row[f'{name}_bytes_per_weight']:.2f}" for name in ("state", "original")]
+        above = row["peak_bytes_per_weight"] - row["state_bytes_per_weight"]
+        lines.append(
+            [row["method"], *sizes, f"{above:.2f}", f"{row['seconds_per_step']:.2f}", f"{kl:.3f}" if kl else "-"]
+        )
+    return rows_of(head, lines)
+
+
 def _answer(method: str, pipe: Any) -> None:
     pipe.send(measure(method))
 
@@ -162,7 +177,10 @@ def main() -> None:
         "steps": STEPS,
         "rows": rows,
     }
-    write_result(output, "discquant_memory", result)
+    written = write_result(output, "discquant_memory", result)
+    page = ROOT / "docs" / "discquant.md"
+    text = with_figure(page.read_text(encoding="utf-8"), "memory", table(written))
+    replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -170,3 +170,20 @@ def test_the_table_of_methods_of_the_readme_is_the_committed_result() -> None:
             figure = f"{row['kl']:.3f} ± {(high - low) / 2:.3f}"
             assert any(line.startswith(f"| {name} |") and figure in line for line in lines), name
     assert len({row["method"] for row in found}) == len(ROUNDINGS)
+
+
+def test_the_tables_of_the_page_on_discquant_are_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import discquant_ablation
+    import discquant_memory
+
+    page = (ROOT / "docs" / "discquant.md").read_text()
+    ablation, memory = (
+        json.loads((ROOT / "benchmarks" / "results" / f"discquant_{name}.json").read_text())
+        for name in ("ablation", "memory")
+    )
+    for table, lines in discquant_ablation.tables(ablation["rows"]).items():
+        assert "\n".join([f"<!-- {table} -->", *lines, "<!-- end -->"]) in page
+    assert "\n".join(["<!-- memory -->", *discquant_memory.table(memory), "<!-- end -->"]) in page
+    ours = next(row for row in memory["rows"] if row["method"] == "discquant")
+    assert ours["state_bytes_per_weight"] < 5

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import cpu_models
 import httpx
 import serve_load
@@ -215,7 +216,7 @@ def main() -> None:
     result = {
         "device": device_name("cpu"),
         "threads": THREADS,
-        "versions": {**versions(), "llama.cpp": rival.version(), "httpx": httpx.__version__},
+        "versions": {**versions(), "llama.cpp": rival.version(), "aiohttp": aiohttp.__version__},
         "date": datetime.now(UTC).isoformat(),
         "command": "make bench-serve",
         "ratios": ratios,

@@ -1,8 +1,8 @@
 """Clients of a server with OpenAI's HTTP API: so many at once, each asking again as soon as it is answered.
 
 aiohttp and asyncio in one process, for either server alike: it parses HTTP in C, where httpx does it in Python, and
-every microsecond of a client is taken from the server on the same cores. The load tools that exist (guidellm, aiperf) keep a
-core busy by themselves, which on a machine of two cores would measure the tool.
+every microsecond of a client is taken from the server on the same cores. The load tools that exist (guidellm, aiperf)
+keep a core busy by themselves, which on a machine of two cores would measure the tool.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ Prepared shape_of(int64_t n, int64_t k, int64_t group, int storage) {
     if (k % group != 0) {
         throw py::value_error("group " + std::to_string(group) + " does not divide K " + std::to_string(k));
     }
-    if (storage != 2 && storage != 3 && storage != 4 && storage != 8 && storage != kFloat && storage != kTable) {
-        throw py::value_error("storage must be 2, 3, 4, 8, 16 or 20, got " + std::to_string(storage));
+    if (storage != 2 && storage != 3 && storage != 4 && storage != 6 && storage != 8 && storage != kFloat &&
+        storage != kTable) {
+        throw py::value_error("storage must be 2, 3, 4, 6, 8, 16 or 20, got " + std::to_string(storage));
     }
     // One int32 sum a group: 2^31 / (255 * 127) columns.
     if (storage != kFloat && group > 66000) throw py::value_error("group must be at most 66000, got " + std::to_string(group));
@@ -42,8 +43,8 @@ Prepared shape_of(int64_t n, int64_t k, int64_t group, int storage) {
 }
 
 Prepared prepared(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t n, int64_t k, int64_t group, int storage,
-                  int middle, bool is_bf16, const std::vector<float>& levels, const std::vector<int>& level_bytes,
-                  float level_step) {
+                  int middle, bool is_bf16, uintptr_t rest, const std::vector<float>& levels,
+                  const std::vector<int>& level_bytes, float level_step) {
     Prepared w = shape_of(n, k, group, storage);
     w.codes = address<const uint8_t>(codes, "codes_ptr", 64);
     if (storage != kFloat) w.scale = address<const uint16_t>(scale, "scale_ptr");
@@ -60,6 +61,10 @@ Prepared prepared(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t n, i
         w.levels.bytes[i] = static_cast<uint8_t>(level_bytes[i]);
     }
     w.levels.step = level_step;
+    w.rest = reinterpret_cast<uint8_t*>(rest);
+    if (w.rest && (storage != 6 || group != 32 || k % 64 != 0 || middle != 32 || zero || !is_bf16)) {
+        throw py::value_error("two planes need storage 6, groups of 32, K a multiple of 64, middle 32 and bfloat16 scales");
+    }
     return w;
 }
 
@@ -100,8 +105,8 @@ void repack_float(const Prepared& w, int64_t first, int64_t step, uintptr_t valu
     const FloatType kind = static_cast<FloatType>(type);
     const bool is_bf16 = kind == FloatType::kBfloat16;
     if (w.storage == kFloat ? kind == FloatType::kFloat32 || is_bf16 != w.is_bf16 || w.groups != 1
-                            : w.storage != 8 || w.middle != 128 || w.zero || !w.is_bf16) {
-        throw py::value_error("floats go into storage 8 (middle 128, bfloat16 scales) or, 16-bit ones, into storage 16");
+                            : !w.rest && (w.storage != 8 || w.middle != 128 || w.zero || !w.is_bf16)) {
+        throw py::value_error("floats go into storage 8 (middle 128, bfloat16 scales), two planes or, 16-bit ones, storage 16");
     }
     const FloatSource source{address<const void>(values, "values_ptr", kind == FloatType::kFloat32 ? 4 : 2), kind, n};
     const Target to = target(w, n, first, step);
@@ -159,10 +164,10 @@ void bind_prepared(py::module_& module) {
     using py::arg;
     py::class_<Prepared>(module, "Prepared", "One linear's weight in the kernels' order; see csrc/cpu/prepared.h.")
         .def(py::init(&prepared), arg("codes_ptr"), arg("scale_ptr"), arg("zero_ptr"), arg("N"), arg("K"), arg("group"),
-             arg("storage"), arg("middle"), arg("is_bf16"), arg("levels") = std::vector<float>{},
+             arg("storage"), arg("middle"), arg("is_bf16"), arg("rest_ptr") = 0, arg("levels") = std::vector<float>{},
              arg("level_bytes") = std::vector<int>{}, arg("level_step") = 1.0f);
     module.def("storage_of", &storage_of, arg("bits"), arg("group"),
-               "2, 3, 4 or 8: what stores such codes in the fewest bytes.");
+               "2, 3, 4, 6 or 8: what stores such codes in the fewest bytes.");
     module.def(
         "prepared_sizes",
         [](int64_t n, int64_t k, int64_t group, int storage) {
@@ -175,7 +180,7 @@ void bind_prepared(py::module_& module) {
                "n canonical rows into blocks first, first + step, ... of the target.");
     module.def("repack_float", &repack_float, arg("target"), arg("first"), arg("step"), arg("values_ptr"), arg("type"),
                arg("n"), arg("threads"),
-               "n rows of floats (type 0 float32, 1 bfloat16, 2 float16): quantized to 8 bits, or kept as they are.");
+               "n rows of floats (type 0 float32, 1 bfloat16, 2 float16): quantized to 8 bits, in one plane or two, or kept as they are.");
     module.def("qmm_prepared", &qmm_prepared, arg("w"), arg("x_ptr"), arg("M"), arg("y_ptr"), arg("threads"),
                arg("exact"), "y float32 [M, N] = x float32 [M, K] @ w.T, activations int8 per group or exact.");
     module.def(

@@ -14,6 +14,9 @@ namespace {
 // Tokens from which a matmul with too few rows for all threads is cut along the tokens too.
 constexpr int64_t kTokenCut = 64;
 
+// Pieces of the rows of one token that are refined, for the threads to share.
+constexpr int64_t kRefineCuts = 8;
+
 template <typename T>
 T* aligned(std::vector<unsigned char>& bytes, int64_t offset) {
     const uintptr_t base = (reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64;
@@ -35,8 +38,18 @@ struct Decoder::Phases {
     int64_t tokens, wanted;  // wanted: those whose logits are asked for
 
     int layers() const { return static_cast<int>(m.layers.size()); }
-    // embed, the layers, final norm, head, soft cap
-    int phases() const { return 1 + kPerLayer * layers() + 2 + (m.logit_softcap > 0.0f ? 1 : 0); }
+    // Those after the layers.
+    enum Last { kFinalNorm, kHead, kChoose, kRefine, kCap, kLast };
+    int phases() const { return 1 + kPerLayer * layers() + kLast; }
+    int64_t units_of_last(int last) const {
+        switch (last) {
+            case kHead: return matmul_units(m.head, wanted, false);
+            case kChoose: return m.head.w.rest ? wanted : 0;
+            case kRefine: return m.head.w.rest ? wanted * kRefineCuts : 0;
+            case kCap: return m.logit_softcap > 0.0f ? wanted : 0;
+            default: return wanted;
+        }
+    }
 
     int64_t heads_per_kv() const { return m.heads / m.kv_heads; }
     int64_t qkv_stride() const { return m.layers[0].qkv.w.blocks() * kRows; }
@@ -47,8 +60,7 @@ struct Decoder::Phases {
         if (phase == 0) return tokens;
         const int in_layers = phase - 1;
         if (in_layers >= kPerLayer * layers()) {
-            const int last = in_layers - kPerLayer * layers();
-            return last == 1 ? matmul_units(m.head, wanted, false) : wanted;
+            return units_of_last(in_layers - kPerLayer * layers());
         }
         const DecoderLayer& layer = m.layers[static_cast<size_t>(in_layers / kPerLayer)];
         switch (in_layers % kPerLayer) {
@@ -65,13 +77,16 @@ struct Decoder::Phases {
         if (phase == 0) return embed(begin, end);
         const int in_layers = phase - 1;
         if (in_layers >= kPerLayer * layers()) {
-            const int last = in_layers - kPerLayer * layers();
-            if (last == 0) return final_norm(begin, end);
-            if (last == 1) {
-                const Output out{step.logits, m.vocab, m.vocab, m.head.bias, Epilogue::kStore};
-                return matmul(m.head, out, wanted, begin, end, thread);
+            switch (in_layers - kPerLayer * layers()) {
+                case kFinalNorm: return final_norm(begin, end);
+                case kHead: {
+                    const Output out{step.logits, m.vocab, m.vocab, m.head.bias, Epilogue::kStore};
+                    return matmul(m.head, out, wanted, begin, end, thread);
+                }
+                case kChoose: return choose(begin, end);
+                case kRefine: return refine(begin, end);
+                default: return cap_logits(begin, end);
             }
-            return cap_logits(begin, end);
         }
         const size_t index = static_cast<size_t>(in_layers / kPerLayer);
         const DecoderLayer& layer = m.layers[index];
@@ -308,6 +323,22 @@ struct Decoder::Phases {
             k.rms_norm(x, m.norm, d.norm_.data() + i * m.hidden, m.hidden, m.eps);
         }
         feed(m.head, d.norm_.data(), m.hidden, begin, end);
+    }
+
+    void choose(int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const float* logits = step.logits + i * m.vocab;
+            d.chosen_count_[static_cast<size_t>(i)] = k.choose(logits, m.vocab, d.chosen_.data() + i * d.chosen_stride());
+        }
+    }
+    void refine(int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t i = unit / kRefineCuts, cut = unit % kRefineCuts;
+            const int64_t count = d.chosen_count_[static_cast<size_t>(i)];
+            const int64_t first = count * cut / kRefineCuts, last = count * (cut + 1) / kRefineCuts;
+            const int32_t* rows = d.chosen_.data() + i * d.chosen_stride() + first;
+            k.refine(m.head.w, d.norm_.data() + i * m.hidden, rows, last - first, step.logits + i * m.vocab);
+        }
     }
 
     void cap_logits(int64_t begin, int64_t end) {

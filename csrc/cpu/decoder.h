@@ -86,6 +86,7 @@ private:
     friend struct Phases;
 
     int64_t head_tile_bytes() const;
+    int64_t chosen_stride() const { return most_refined(model_.vocab) + 1; }
     void reserve(int threads);  // workspaces for pass_
 
     DecoderModel model_;
@@ -94,6 +95,8 @@ private:
     // Workspaces, kept between steps: fresh pages from the operating system cost more than the step itself.
     std::vector<float> x_, y_, wide_, norm_, rotation_, partial_, statistic_;
     std::vector<unsigned char> activations_, scratch_;
+    std::vector<int32_t> chosen_;        // [wanted, chosen_stride], rows of a head in two planes
+    std::vector<int64_t> chosen_count_;  // [wanted]
     int64_t scratch_stride_ = 0;
     Pass pass_;
 };

@@ -85,6 +85,10 @@ void Decoder::reserve(int threads) {
         }
     }
     grow(activations_, bytes + 64);
+    if (m.head.w.rest) {
+        grow(chosen_, pass_.wanted() * chosen_stride());
+        grow(chosen_count_, pass_.wanted());
+    }
     grow(scratch_, threads * scratch_stride_ + 64);
 }
 

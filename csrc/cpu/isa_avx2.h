@@ -1,6 +1,6 @@
 // AVX2 with FMA and F16C: a quad is two registers of 8 rows. vpmaddubsw multiplies unsigned codes with signed
 // activations into 16-bit pair sums, which hold 8 quads of codes up to 15 (2 * 15 * 127 * 8 = 30480 < 2^15) before
-// flush() widens them. 8-bit codes go through as two nibbles.
+// flush() widens them. 6- and 8-bit codes go through as two nibbles.
 #pragma once
 
 #include <immintrin.h>
@@ -27,7 +27,7 @@ struct Isa {
     struct Sums {
         __m256i a, b;                      // int32, one lane a row
         __m256i low_a, low_b;              // int16, two lanes a row
-        __m256i high_a, high_b;            // the same of the high nibbles, 8 bits only
+        __m256i high_a, high_b;            // the same of the high nibbles, 6 and 8 bits only
     };
 
     static DQ_INLINE Quad load_quad(const uint8_t* p) {
@@ -60,6 +60,14 @@ struct Isa {
             q[1] = shifted<2>(v0, mask);
             q[2] = shifted<4>(v0, mask);
             q[3] = shifted<6>(v0, mask);
+        } else if constexpr (Storage == 6) {
+            const Quad v1 = load_quad(p + 64), v2 = load_quad(p + 128);
+            const __m256i mask = _mm256_set1_epi8(63);
+            q[0] = shifted<0>(v0, mask);
+            q[1] = shifted<0>(v1, mask);
+            q[2] = shifted<0>(v2, mask);
+            const Quad lower = either(shifted<6>(v0, _mm256_set1_epi8(3)), shifted<4>(v1, _mm256_set1_epi8(12)));
+            q[3] = either(lower, shifted<2>(v2, _mm256_set1_epi8(48)));
         } else {
             const Quad v1 = load_quad(p + 64), v2 = load_quad(p + 128);
             const __m256i mask = _mm256_set1_epi8(7), low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(4);
@@ -96,7 +104,7 @@ struct Isa {
         int32_t bytes;
         std::memcpy(&bytes, x, 4);
         const __m256i four = _mm256_set1_epi32(bytes);
-        if constexpr (Storage == 8 || Storage == kTable) {
+        if constexpr (Storage > 4) {
             const __m256i mask = _mm256_set1_epi8(15);
             const Quad low = shifted<0>(q, mask), high = shifted<4>(q, mask);
             s.low_a = _mm256_add_epi16(s.low_a, _mm256_maddubs_epi16(low.a, four));
@@ -114,7 +122,7 @@ struct Isa {
         s.a = _mm256_add_epi32(s.a, _mm256_madd_epi16(s.low_a, ones));
         s.b = _mm256_add_epi32(s.b, _mm256_madd_epi16(s.low_b, ones));
         s.low_a = s.low_b = none;
-        if constexpr (Storage == 8 || Storage == kTable) {
+        if constexpr (Storage > 4) {
             s.a = _mm256_add_epi32(s.a, _mm256_madd_epi16(s.high_a, sixteens));
             s.b = _mm256_add_epi32(s.b, _mm256_madd_epi16(s.high_b, sixteens));
             s.high_a = s.high_b = none;

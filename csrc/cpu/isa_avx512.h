@@ -42,6 +42,15 @@ struct Isa {
             q[1] = _mm512_and_si512(_mm512_srli_epi16(v0, 2), mask);
             q[2] = _mm512_and_si512(_mm512_srli_epi16(v0, 4), mask);
             q[3] = _mm512_and_si512(_mm512_srli_epi16(v0, 6), mask);
+        } else if constexpr (Storage == 6) {
+            const __m512i v1 = _mm512_load_si512(p + 64), v2 = _mm512_load_si512(p + 128);
+            const __m512i mask = _mm512_set1_epi8(63), two = _mm512_set1_epi8(3), four = _mm512_set1_epi8(15);
+            q[0] = _mm512_and_si512(v0, mask);
+            q[1] = _mm512_and_si512(v1, mask);
+            q[2] = _mm512_and_si512(v2, mask);
+            // 0xCA: bits of the second operand where the first has ones, else of the third.
+            const __m512i lower = _mm512_ternarylogic_epi32(two, _mm512_srli_epi16(v0, 6), _mm512_srli_epi16(v1, 4), 0xCA);
+            q[3] = _mm512_and_si512(_mm512_ternarylogic_epi32(four, lower, _mm512_srli_epi16(v2, 2), 0xCA), mask);
         } else {
             const __m512i v1 = _mm512_load_si512(p + 64), v2 = _mm512_load_si512(p + 128);
             const __m512i mask = _mm512_set1_epi8(7), low = _mm512_set1_epi8(3);

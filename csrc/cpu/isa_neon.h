@@ -53,6 +53,14 @@ struct Isa {
                 q[1].part[i] = vandq_u8(vshrq_n_u8(v0, 2), mask);
                 q[2].part[i] = vandq_u8(vshrq_n_u8(v0, 4), mask);
                 q[3].part[i] = vshrq_n_u8(v0, 6);
+            } else if constexpr (Storage == 6) {
+                const uint8x16_t v1 = vld1q_u8(p + 64 + 16 * i), v2 = vld1q_u8(p + 128 + 16 * i);
+                const uint8x16_t mask = vdupq_n_u8(63);
+                q[0].part[i] = vandq_u8(v0, mask);
+                q[1].part[i] = vandq_u8(v1, mask);
+                q[2].part[i] = vandq_u8(v2, mask);
+                const uint8x16_t lower = vorrq_u8(vshrq_n_u8(v0, 6), vandq_u8(vshrq_n_u8(v1, 4), vdupq_n_u8(12)));
+                q[3].part[i] = vorrq_u8(lower, vandq_u8(vshrq_n_u8(v2, 2), vdupq_n_u8(48)));
             } else {
                 const uint8x16_t v1 = vld1q_u8(p + 64 + 16 * i), v2 = vld1q_u8(p + 128 + 16 * i);
                 const uint8x16_t mask = vdupq_n_u8(7), high = vdupq_n_u8(4);

@@ -43,6 +43,12 @@ struct Isa {
                 q[1].code[i] = static_cast<uint8_t>(v0 >> 4);
             } else if constexpr (Storage == 2) {
                 for (int j = 0; j < 4; ++j) q[j].code[i] = v0 >> (2 * j) & 3;
+            } else if constexpr (Storage == 6) {
+                const int v1 = p[64 + i], v2 = p[128 + i];
+                q[0].code[i] = v0 & 63;
+                q[1].code[i] = v1 & 63;
+                q[2].code[i] = v2 & 63;
+                q[3].code[i] = static_cast<uint8_t>(v0 >> 6 | (v1 >> 4 & 12) | (v2 >> 2 & 48));
             } else {
                 const int v1 = p[64 + i], v2 = p[128 + i];
                 q[0].code[i] = v0 & 7;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "head.h"
 #include "prepared.h"
 #include "training.h"
 #include "training_attention.h"
@@ -48,6 +49,11 @@ struct Kernels {
 
     // out[i] = x[i] / rms(x) * weight[i], with rms(x) = sqrt(mean(x^2) + eps).
     void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
+    // The lower plane of a head (head.h): which of the n rows to refine, into rows [most_refined(n) + 1], returning how
+    // many; and logits[row] += lower plane of the row . x for each of them.
+    int64_t (*choose)(const float* logits, int64_t n, int32_t* rows);
+    void (*refine)(const Prepared& head, const float* x, const int32_t* rows, int64_t count, float* logits);
+
     void (*add)(float* x, const float* y, int64_t n);                 // x += y
     void (*rope)(float* x, const float* cosine, const float* sine, int64_t half);  // rotates x[:half], x[half:2*half]
 

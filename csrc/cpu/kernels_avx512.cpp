@@ -2,6 +2,7 @@
 #include "isa_avx512.h"
 
 #include "attention_impl.h"
+#include "head_impl.h"
 #include "kernels.h"
 #include "matmul_impl.h"
 #include "row_ops.h"
@@ -10,6 +11,6 @@
 #include "training_rows_impl.h"
 
 namespace dq {
-const Kernels kAvx512Kernels = {"avx512", quantize, pad, matmul_int8, matmul_exact, rms_norm, add, rope, attend,
+const Kernels kAvx512Kernels = {"avx512", quantize, pad, matmul_int8, matmul_exact, rms_norm, choose, refine, add, rope, attend,
                             store_key_value, {adam, lerp_weight, scale_grad, token_kl}, kAttention, kRowPasses};
 }  // namespace dq

@@ -327,6 +327,7 @@ void matmul_int8(const Prepared& w, const Activations& a, const Output& out, con
         case 3: return matmul_of<3, false>(w, a, out, tile);
         case 4: return matmul_of<4, false>(w, a, out, tile);
         case kTable: return matmul_of<kTable, false>(w, a, out, tile);
+        case 6: return matmul_of<6, false>(w, a, out, tile);
         default: return matmul_of<8, false>(w, a, out, tile);
     }
 }
@@ -337,6 +338,7 @@ void matmul_exact(const Prepared& w, const Activations& a, const Output& out, co
         case 3: return matmul_of<3, true>(w, a, out, tile);
         case 4: return matmul_of<4, true>(w, a, out, tile);
         case kTable: return matmul_of<kTable, true>(w, a, out, tile);
+        case 6: return matmul_of<6, true>(w, a, out, tile);
         case 8: return matmul_of<8, true>(w, a, out, tile);
         default: return matmul_of<kFloat, true>(w, a, out, tile);
     }

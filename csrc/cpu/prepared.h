@@ -11,13 +11,20 @@
 //   3 bits  8 quads, 32 columns, 3 vectors  V0 = q0 | q1 << 3 | (q6 & 3) << 6
 //                                           V1 = q2 | q3 << 3 | (q7 & 3) << 6
 //                                           V2 = q4 | q5 << 3 | (q6 >> 2) << 6 | (q7 >> 2) << 7
+//   6 bits  4 quads, 16 columns, 3 vectors  V0 = q0 | (q3 & 3) << 6
+//                                           V1 = q1 | (q3 >> 2 & 3) << 6
+//                                           V2 = q2 | (q3 >> 4) << 6
 //
-// so 3 bits cost 3 bits, and 17 shifts and masks unpack 8 quads: 2.1 a quad, against 1.5 for 4 bits. 5, 6 and 7 bits are
-// stored in 8. Weights that stay unquantized (kFloat) keep their 16-bit floats, [block][column][16 rows].
+// so 3 bits cost 3 bits, and 17 shifts and masks unpack 8 quads: 2.1 a quad, against 1.5 for 4 bits and 2.25 for 6. 5 bits
+// are stored in 6, 7 in 8. Weights that stay unquantized (kFloat) keep their 16-bit floats, [block][column][16 rows].
 //
 // A row's K columns are cut into `groups` blocks of `group` columns that share a scale, each padded to whole units (of
 // `padded` columns; the activations there are zero, so the codes do not matter). In memory: codes [block][group][unit],
 // scales and zero points [block][group][16 rows].
+//
+// The head has two planes (`rest`): values scale * (4 (h - 32) + l - 1.5), of which h, 6 bits, is what the matmul reads, with
+// four times the scale, and l, 2 bits, lies by rows [n][k / 4], for the few rows whose logits matter (head.h). Of 64
+// columns, byte i holds columns i, 16 + i, 32 + i and 48 + i, the first in its lowest bits.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +36,9 @@ constexpr int kFloat = 16;  // `storage` of unquantized weights
 constexpr int kTable = 20;  // of codes of 4 bits that are places in a table of levels
 
 constexpr int quads_per_unit(int storage) {
-    return storage == 8 ? 1 : storage == 4 || storage == kTable ? 2 : storage == 2 ? 4 : 8;
+    return storage == 8 ? 1 : storage == 4 || storage == kTable ? 2 : storage == 3 ? 8 : 4;
 }
-constexpr int unit_bytes(int storage) { return storage == 3 ? 192 : 64; }
+constexpr int unit_bytes(int storage) { return storage == 3 || storage == 6 ? 192 : 64; }
 
 // kTable: level i is values[i], and where activations are integers step * (bytes[i] - middle). That is the same for the
 // 4-bit float e2m1, whose levels are multiples of 0.5, and within half a step, 1/254 of the largest level, for others.
@@ -47,10 +54,11 @@ struct Prepared {
     const uint8_t* zero;    // nullptr: every zero point is `middle`
     int64_t n, k;           // out_features (the last block is padded with zero scales), in_features = groups * group
     int64_t groups, group, padded;
-    int storage;  // 2, 3, 4, 8, kFloat or kTable
+    int storage;  // 2, 3, 4, 6, 8, kFloat or kTable
     int middle;
     bool is_bf16;  // the scales, or the weights of kFloat; else float16
     Levels levels;  // of kTable; it has no zero points, and `middle` is that of `bytes`
+    uint8_t* rest;  // the lower plane of a head, nullptr without; storage 6, groups of 32, k a multiple of 64
 
     int64_t blocks() const { return (n + kRows - 1) / kRows; }
     int64_t columns() const { return groups * padded; }

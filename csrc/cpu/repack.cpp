@@ -41,6 +41,10 @@ void pack_unit(const uint8_t* rows, int64_t stride, uint8_t* out) {
             v[0][r] = q[0][r] | q[1][r] << 4;
         } else if constexpr (Storage == 2) {
             v[0][r] = q[0][r] | q[1][r] << 2 | q[2][r] << 4 | q[3][r] << 6;
+        } else if constexpr (Storage == 6) {
+            v[0][r] = q[0][r] | (q[3][r] & low) << 6;
+            v[1][r] = q[1][r] | (q[3][r] & low << 2) << 4;
+            v[2][r] = q[2][r] | (q[3][r] & low << 4) << 2;
         } else {
             v[0][r] = q[0][r] | q[1][r] << 3 | (q[6][r] & low) << 6;
             v[1][r] = q[2][r] | q[3][r] << 3 | (q[7][r] & low) << 6;
@@ -60,6 +64,7 @@ void pack_block(const Prepared& w, const uint8_t* rows, uint8_t* out) {
             case 3: pack_unit<3>(rows + c, stride, out); break;
             case 4: pack_unit<4>(rows + c, stride, out); break;
             case kTable: pack_unit<4>(rows + c, stride, out); break;
+            case 6: pack_unit<6>(rows + c, stride, out); break;
             default: pack_unit<8>(rows + c, stride, out); break;
         }
     }
@@ -95,8 +100,10 @@ uint16_t bf16_up(float v) {  // smallest bfloat16 >= v, for v >= 0
     return static_cast<uint16_t>((bits + 0xFFFF) >> 16);
 }
 
-// A row of floats x [k] to codes [k] and its groups' scales, kRows apart.
+// A row of floats x [k] to 8-bit codes [k] and its groups' scales, kRows apart. Where there are two planes the scale is that
+// of the upper one, whose steps are four of the codes', and codes stand for half a step more: so the lower plane's mean is zero.
 void quantize_row(const Prepared& w, const float* x, uint8_t* codes, uint16_t* scale) {
+    const float most = w.rest ? 125.0f / 4.0f : 127.0f, share = w.rest ? 0.25f : 1.0f, offset = w.rest ? 0.5f : 0.0f;
     for (int64_t g = 0; g < w.groups; ++g, x += w.group, codes += w.group) {
         // As integers, magnitudes are ordered like the floats they are, and their maximum is one instruction.
         uint32_t largest_bits = 0;
@@ -108,16 +115,29 @@ void quantize_row(const Prepared& w, const float* x, uint8_t* codes, uint16_t* s
         }
         float largest;
         std::memcpy(&largest, &largest_bits, 4);
-        const uint16_t rounded = bf16_up(largest / 127.0f);
+        const uint16_t rounded = bf16_up(largest / most);
         scale[g * kRows] = rounded;
         const uint32_t wide = static_cast<uint32_t>(rounded) << 16;
         float step;
         std::memcpy(&step, &wide, 4);
+        step *= share;
         const float inverse = step > 1e-37f ? 1.0f / step : 0.0f;  // a group of zeros
         for (int64_t i = 0; i < w.group; ++i) {
-            const float code = (x[i] * inverse + 12582912.0f) - 12582912.0f;
+            const float code = ((x[i] * inverse - offset) + 12582912.0f) - 12582912.0f;
             codes[i] = static_cast<uint8_t>(128 + static_cast<int>(code));
         }
+    }
+}
+
+// Codes [k] of 2 .. 253 to their upper planes, in place, and to the lower ones [k / 4] (prepared.h).
+void split_planes(int64_t k, uint8_t* codes, uint8_t* rest) {
+    for (int64_t c = 0; c < k; c += 64, codes += 64, rest += 16) {
+        for (int i = 0; i < 16; ++i) {
+            int four = 0;
+            for (int j = 0; j < 4; ++j) four |= ((codes[16 * j + i] + 2) & 3) << (2 * j);
+            rest[i] = static_cast<uint8_t>(four);
+        }
+        for (int i = 0; i < 64; ++i) codes[i] = static_cast<uint8_t>((codes[i] + 2) >> 2);
     }
 }
 
@@ -137,7 +157,7 @@ void every_block(int64_t n, int threads, const Body& body) {
 int storage_of(int bits, int64_t group) {
     int best = 8;
     int64_t fewest = INT64_MAX;
-    for (const int storage : {8, 4, 3, 2}) {  // from the cheapest to unpack; only fewer bytes win over that
+    for (const int storage : {8, 6, 4, 3, 2}) {  // from the cheapest to unpack; only fewer bytes win over that
         if (storage < bits) break;
         const int64_t unit = 4 * quads_per_unit(storage);
         const int64_t bytes = (group + unit - 1) / unit * unit_bytes(storage);
@@ -195,6 +215,7 @@ void repack(const FloatSource& s, const Target& t, int threads) {
             if (r < rows) {
                 read_floats(s, (first_row + r) * w.k, w.k, x.data());
                 quantize_row(w, x.data(), line.data(), scale + r);
+                if (w.rest) split_planes(w.k, line.data(), w.rest + (block * kRows + r) * (w.k / 4));
                 place_groups(w, line.data(), codes.data() + r * w.columns());
             } else {
                 for (int64_t g = 0; g < w.groups; ++g) scale[g * kRows + r] = 0;

@@ -7,7 +7,7 @@
 
 namespace dq {
 
-// What stores `bits`-bit codes in groups of `group` columns in the fewest bytes: 2, 3, 4 or 8.
+// What stores `bits`-bit codes in groups of `group` columns in the fewest bytes: 2, 3, 4, 6 or 8.
 int storage_of(int bits, int64_t group);
 
 // Where a linear's rows go: its i-th block of 16 rows becomes block `first + i * step` of the target.
@@ -34,7 +34,8 @@ void repack(const PackedSource& source, const Target& target, int threads);
 enum class FloatType : int { kFloat32, kBfloat16, kFloat16 };
 
 // Unquantized rows [n, k]. Into storage 8: symmetric, scale = the group's largest magnitude / 127 rounded up to
-// bfloat16, so that no code leaves 1 .. 255. Into storage kFloat: the same 16 bits, reordered.
+// bfloat16, so that no code leaves 1 .. 255. Into the two planes of a head, storage 6: the same with 125, so that no upper
+// part leaves 1 .. 63. Into storage kFloat: the same 16 bits, reordered.
 struct FloatSource {
     const void* values;
     FloatType type;

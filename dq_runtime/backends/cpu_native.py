@@ -189,7 +189,7 @@ def _weight(w: PreparedWeight) -> NativeWeight:
         _native.storage_of(w.bits, group) if levels is None else TABLE,
         2 ** (w.bits - 1) if levels is None else levels.middle,
         scale.dtype == torch.bfloat16,
-        *table_arguments(levels),
+        **table_arguments(levels),
     )
     return NativeWeight(handle, (), w.n, w.k)  # the caller's tensors outlive the call
 

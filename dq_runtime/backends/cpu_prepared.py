@@ -26,6 +26,7 @@ FLOAT = 16  # the storage of unquantized 16-bit weights
 TABLE = 20  # of codes that are places in a table
 MOST_ACTIVATIONS = 128  # int8 activations share a scale over at most this many columns
 ALIGNMENT = 64
+PLANE_COLUMNS = 64  # the lower plane of a head comes in pieces of so many columns
 HUGE_PAGE = 2**21
 FLOAT_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 PIECE = 2**23  # bytes of a weight repacked before the pages they were read from are given back
@@ -76,7 +77,8 @@ def levels_of(form: str) -> Levels:
 @dataclass(frozen=True)
 class Plan:
     """How some parts are stored together: sizes in bytes (``codes``) and elements (``scales``; as many zero points
-    where ``zeros``). ``group`` columns share a scale, and an int8 activation scale."""
+    where ``zeros``). ``group`` columns share a scale, and an int8 activation scale. ``rest``: bytes of the
+    lower plane of a head, 0 where there is none."""
 
     parts: tuple[Part, ...]
     n: int
@@ -88,12 +90,14 @@ class Plan:
     is_bf16: bool
     codes: int
     scales: int
+    rest: int
     levels: Levels | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that :func:`prepare` takes from its arena."""
-        return sum(_aligned(size) for size in (self.codes, 2 * self.scales, self.scales if self.zeros else 0))
+        zeros = self.scales if self.zeros else 0
+        return sum(_aligned(size) for size in (self.codes, 2 * self.scales, zeros, self.rest))
 
 
 class Arena:
@@ -130,8 +134,8 @@ def address(array: NDArray[Any]) -> int:
 
 @dataclass(frozen=True)
 class NativeWeight:
-    """``handle`` [n, k] is what the kernels take; ``arrays`` (codes uint8, the bits of scales uint16, and zero points
-    uint8 if any) are the memory it points into, sized as :class:`Plan` says."""
+    """``handle`` [n, k] is what the kernels take; ``arrays`` (codes uint8, the bits of scales uint16, and uint8 the
+    zero points and the lower plane, if any) are the memory it points into, sized as :class:`Plan` says."""
 
     handle: Any
     arrays: tuple[NDArray[Any], ...]
@@ -144,11 +148,13 @@ def native() -> Any:
     return import_module("dq_runtime._native")
 
 
-def plan(parts: Sequence[Part], n: int, exact: bool) -> Plan:
+def plan(parts: Sequence[Part], n: int, exact: bool, head: bool = False) -> Plan:
     """How to store ``parts``, which together fill the blocks of ``n`` rows.
 
-    Dense parts become 8 bits, or stay 16-bit floats where ``exact``. Raises :class:`BackendError` for what the kernels
-    cannot hold: scales of two dtypes, quantized rows beside unquantized ones in exact mode, float32 in exact mode.
+    Dense parts become 8 bits, or stay 16-bit floats where ``exact``; a ``head``'s 8 bits lie in two planes where the
+    columns are a multiple of 64 (csrc/cpu/head.h): the decoder reads the lower one, :func:`qmm_prepared` does not.
+    Raises :class:`BackendError` for what the kernels cannot hold: scales of two dtypes, quantized rows beside
+    unquantized ones in exact mode, float32 in exact mode.
     """
     k = parts[0].k
     packed = [p.weight for p in parts if isinstance(p.weight, HostWeight)]
@@ -156,7 +162,7 @@ def plan(parts: Sequence[Part], n: int, exact: bool) -> Plan:
     if packed and dense:
         raise BackendError("the CPU kernels cannot join quantized and unquantized rows")
     if dense:
-        return _plan_dense(tuple(parts), {w.dtype for w in dense}, n, k, exact)
+        return _plan_dense(tuple(parts), {w.dtype for w in dense}, n, k, exact, head)
     group = activation_group(math.gcd(*(w.group_size for w in packed)))
     dtypes = {w.scale.dtype for w in packed}
     if len(dtypes) > 1:
@@ -169,22 +175,24 @@ def plan(parts: Sequence[Part], n: int, exact: bool) -> Plan:
         levels = levels_of(form)
         codes, scales = native().prepared_sizes(n, k, group, TABLE)
         bf16 = dtypes == {"bfloat16"}
-        return Plan(tuple(parts), n, k, group, TABLE, levels.middle, False, bf16, codes, scales, levels)
+        return Plan(tuple(parts), n, k, group, TABLE, levels.middle, False, bf16, codes, scales, 0, levels)
     bits = max(w.bits for w in packed)
     middle = 2 ** (bits - 1)
     zeros = any(w.zero is not None or w.bits != bits for w in packed)
     storage = native().storage_of(bits, group)
     codes, scales = native().prepared_sizes(n, k, group, storage)
-    return Plan(tuple(parts), n, k, group, storage, middle, zeros, dtypes == {"bfloat16"}, codes, scales)
+    return Plan(tuple(parts), n, k, group, storage, middle, zeros, dtypes == {"bfloat16"}, codes, scales, 0)
 
 
-def _plan_dense(parts: tuple[Part, ...], dtypes: set[str], n: int, k: int, exact: bool) -> Plan:
+def _plan_dense(parts: tuple[Part, ...], dtypes: set[str], n: int, k: int, exact: bool, head: bool) -> Plan:
     if exact and (len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}):
         raise BackendError("in exact mode the CPU kernels need unquantized weights in bfloat16 or float16")
-    group, storage = (k, FLOAT) if exact else (_dense_group(k), 8)
+    planes = head and not exact and k % PLANE_COLUMNS == 0
+    group, storage = (k, FLOAT) if exact else (_dense_group(k), 6 if planes else 8)
     codes, scales = native().prepared_sizes(n, k, group, storage)
     is_bf16 = dtypes == {"bfloat16"} if exact else True
-    return Plan(parts, n, k, group, storage, 128, False, is_bf16, codes, 0 if exact else scales)
+    middle, rest = (32, n * k // 4) if planes else (128, 0)
+    return Plan(parts, n, k, group, storage, middle, False, is_bf16, codes, 0 if exact else scales, rest)
 
 
 def activation_group(group_size: int) -> int:
@@ -211,6 +219,7 @@ def prepare(plan: Plan, arena: Arena, threads: int, release: Callable[[], None] 
     """Repack the plan's parts into memory of ``arena``; ``release`` is called between pieces of a large one."""
     codes, scale = arena.take(plan.codes), arena.take(2 * plan.scales).view(np.uint16)
     zeros = arena.take(plan.scales) if plan.zeros else None
+    rest = arena.take(plan.rest) if plan.rest else None
     handle = native().Prepared(
         address(codes),
         address(scale),
@@ -221,7 +230,8 @@ def prepare(plan: Plan, arena: Arena, threads: int, release: Callable[[], None] 
         plan.storage,
         plan.middle,
         plan.is_bf16,
-        *table_arguments(plan.levels),
+        0 if rest is None else address(rest),
+        **table_arguments(plan.levels),
     )
     for part in plan.parts:
         rows = max(1, PIECE // (part.weight_bytes // part.n) // BLOCK) * BLOCK
@@ -229,12 +239,15 @@ def prepare(plan: Plan, arena: Arena, threads: int, release: Callable[[], None] 
             if start:
                 release()
             _repack(handle, part, start, min(start + rows, part.n), threads)
-    return NativeWeight(handle, (codes, scale) if zeros is None else (codes, scale, zeros), plan.n, plan.k)
+    held = tuple(array for array in (codes, scale, zeros, rest) if array is not None)
+    return NativeWeight(handle, held, plan.n, plan.k)
 
 
-def table_arguments(levels: Levels | None) -> tuple[Any, ...]:
+def table_arguments(levels: Levels | None) -> dict[str, Any]:
     """What a native Prepared takes besides, for a table."""
-    return () if levels is None else (levels.values, levels.bytes, levels.step)
+    if levels is None:
+        return {}
+    return {"levels": levels.values, "level_bytes": levels.bytes, "level_step": levels.step}
 
 
 def _repack(handle: Any, part: Part, start: int, stop: int, threads: int) -> None:

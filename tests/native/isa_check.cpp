@@ -105,6 +105,28 @@ void check_matmul(int bits, int64_t group, bool symmetric, bool bf16) {
     }
 }
 
+void check_head(int64_t n, int64_t k, float spread) {
+    Prepared w{};
+    w.n = n, w.k = k, w.group = 32, w.groups = k / 32, w.padded = 32, w.storage = 6, w.middle = 32, w.is_bf16 = true;
+    const Bytes codes(w.blocks() * w.block_bytes()), scale(w.blocks() * w.groups * 32), rest(n * k / 4);
+    w.codes = codes.as<uint8_t>(), w.scale = scale.as<uint16_t>(), w.rest = rest.as<uint8_t>();
+    const auto values = uniform(n * k, -1, 1), x = uniform(k, -1, 1);
+    repack({values.data(), FloatType::kFloat32, n}, {w, codes.as<uint8_t>(), scale.as<uint16_t>(), nullptr, 0, 1}, 1);
+    const auto upper = uniform(n, -spread, spread);
+    std::vector<float> results[2], rows[2];
+    for (const Kernels* kernels : {&ISA, &kScalarKernels}) {
+        std::vector<int32_t> chosen(static_cast<size_t>(most_refined(n) + 1));
+        const int64_t count = kernels->choose(upper.data(), n, chosen.data());
+        const int which = kernels == &kScalarKernels;
+        results[which] = upper;
+        kernels->refine(w, x.data(), chosen.data(), count, results[which].data());
+        rows[which].assign(chosen.begin(), chosen.begin() + count);
+        rows[which].push_back(static_cast<float>(count));
+    }
+    compare("choose", rows[0], rows[1], rows[0].size() == rows[1].size() ? 0.0f : -1.0f);
+    compare("refine", results[0], results[1], 1e-5f);
+}
+
 void check_attention(int64_t dim, bool half, float softcap, int64_t window) {
     const int64_t positions = 200, tokens = 10, heads = 3, tiles = 4;
     const auto keys = uniform(positions * dim, -1, 1), values = uniform(positions * dim, -1, 1);
@@ -203,6 +225,7 @@ int main() {
         check_attention(80, half, 5, 70);
     }
     for (const int64_t n : {64, 576, 100}) check_rows(n);
+    for (const int64_t n : {1, 67, 5003}) check_head(n, 192, 20), check_head(n, 64, 0.1f);
     for (const bool bf16 : {true, false}) {
         check_training(17, 576, 64, bf16);
         check_training(5, 33, 11, bf16);

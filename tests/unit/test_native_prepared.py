@@ -201,8 +201,9 @@ def test_backend_prepares_what_it_serves() -> None:
         ({"codes_ptr": 32}, "codes_ptr is not aligned to 64 bytes"),
         ({"N": 0}, "N must be positive"),
         ({"group": 7}, "group 7 does not divide K 64"),
-        ({"storage": 5}, "storage must be 2, 3, 4, 8, 16 or 20, got 5"),
+        ({"storage": 5}, "storage must be 2, 3, 4, 6, 8, 16 or 20, got 5"),
         ({"K": 70000, "group": 70000}, "group must be at most 66000"),
+        ({"rest_ptr": 64}, "two planes need storage 6"),
     ],
 )
 def test_bad_arguments_raise(change: dict[str, int], message: str) -> None:

@@ -1,9 +1,10 @@
 """The decoder as one C++ object (csrc/cpu/decoder.h): a whole step, from token ids to logits, without leaving it.
 
 By default activations meet the weights as int8, one scale per group of at most 128 columns (as 15 bits for the head, in
-groups with outliers, and for up to four generated tokens of a pass), unquantized linears are held in 8 bits, and keys
-and values in float16. ``exact`` keeps all of them as they are: float32 activations and cache, 16-bit weights; what
-differs from the torch decoder then is the order of float32 sums.
+groups with outliers, and for up to four generated tokens of a pass), unquantized linears are held in 8 bits (of the
+head's, the lower two are read for the most likely tokens only, csrc/cpu/head.h), and keys and values in float16.
+``exact`` keeps all of them as they are: float32 activations and cache, 16-bit weights; what differs from the torch
+decoder then is the order of float32 sums.
 
 With ``exact`` a token's result depends on what it is (of a prompt or generated) and on the tokens before it, and on
 nothing else, bit for bit: not on the other sequences of a pass, on where a prompt was cut, on where its keys and values
@@ -340,7 +341,7 @@ def _plans(config: DecoderConfig, weights: HostWeights, exact: bool) -> list[lis
                 plan_parts([Part(layer.down.weight)], config.hidden, exact),
             ]
         )
-    return [*plans, [plan_parts([Part(weights.head.weight)], config.vocab, exact)]]
+    return [*plans, [plan_parts([Part(weights.head.weight)], config.vocab, exact, head=True)]]
 
 
 def _halves(joined: HostParts, rows: int) -> tuple[HostLinear, HostLinear]:

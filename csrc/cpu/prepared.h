@@ -22,7 +22,7 @@
 // `padded` columns; the activations there are zero, so the codes do not matter). In memory: codes [block][group][unit],
 // scales and zero points [block][group][16 rows].
 //
-// The head has two planes (`rest`): values scale * (4 (h - 32) + l - 1.5), of which h, 6 bits, is what the matmul reads, with
+// A large head has two planes (`rest`): values scale * (4 (h - 32) + l - 1.5), of which h, 6 bits, is what the matmul reads, with
 // four times the scale, and l, 2 bits, lies by rows [n][k / 4], for the few rows whose logits matter (head.h). Of 64
 // columns, byte i holds columns i, 16 + i, 32 + i and 48 + i, the first in its lowest bits.
 #pragma once

@@ -27,6 +27,11 @@ pytestmark = [
 REACH = 12.0
 
 
+@pytest.fixture(autouse=True)
+def small_heads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_prepared, "PLANES_FROM", 64)
+
+
 def most_refined(n: int) -> int:
     return min(n, max(64, n // 32))
 
@@ -60,8 +65,9 @@ def test_planes(n: int, k: int, dtype: torch.dtype) -> None:
     assert ((upper - head.double()).abs() > 0.6 * step).any(), "the upper plane alone is coarser"
 
 
-def test_other_columns_stay_in_one_plane() -> None:
-    for k, storage in ((96, 8), (100, 8), (128, 6)):
+def test_other_columns_stay_in_one_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_prepared, "PLANES_FROM", 128)
+    for k, storage in ((64, 8), (96, 8), (160, 8), (128, 6), (192, 6)):
         assert plan([Part(host_of(torch.zeros(16, k).bfloat16()))], 16, False, head=True).storage == storage
     assert plan([Part(host_of(torch.zeros(16, 128).bfloat16()))], 16, True, head=True).storage == cpu_prepared.FLOAT
 

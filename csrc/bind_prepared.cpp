@@ -149,7 +149,7 @@ void qmm_prepared(const Prepared& w, uintptr_t x_ptr, int64_t m, uintptr_t y_ptr
              [](void* p, int phase, int64_t begin, int64_t end, int thread) {
                  const Call& c = *static_cast<Call*>(p);
                  if (phase == 0 && c.exact) return c.k.pad(c.w, c.x, c.w.k, c.a, begin, end);
-                 if (phase == 0) return c.k.quantize(c.w, c.x, c.w.k, c.m <= kFineTokens ? kAllFine : kFineAbove, c.a, begin, end);
+                 if (phase == 0) return c.k.quantize(c.w, c.x, c.w.k, c.m <= kFineTokens, c.a, begin, end);
                  const Output out{c.y, c.w.n, c.w.n, nullptr, Epilogue::kStore};
                  const Tile tile{0, c.m, 2 * begin, std::min(2 * end, c.w.blocks()), c.scratch + thread * c.scratch_stride};
                  (c.exact ? c.k.matmul_exact : c.k.matmul_int8)(c.w, c.a, out, tile);

@@ -23,8 +23,9 @@ struct Tile {
 // Up to this many tokens a block is unpacked in registers; above, into scratch, and read back per 6 tokens.
 constexpr int kFewTokens = 16;
 
-// `fine_above` where every group is to have 15 bits, and where only outliers are.
-constexpr float kAllFine = 0.0f, kFineAbove = 3.25f;
+// In a token that is not all fine, groups whose largest magnitude exceeds so many times the row's rms have outliers, and
+// their scale is that of so many times the rms.
+constexpr float kOutlierAbove = 2.75f, kOutlierRange = 1.9f;
 // Up to so many tokens a matmul waits for memory, and 15 bits for all of them cost nothing.
 constexpr int64_t kFineTokens = 4;
 
@@ -33,15 +34,14 @@ inline int64_t scratch_bytes(const Prepared& w, bool exact) { return 2 * kRows *
 struct Kernels {
     const char* name;
 
-    // Activations of 8 or 15 bits (prepared.h), for tokens begin .. end-1 of x [tokens, k] with `stride` floats between
-    // tokens. Groups whose largest magnitude exceeds `fine_above` times the rms of the row are fine.
-    void (*quantize)(const Prepared& w, const float* x, int64_t stride, float fine_above, const Activations& a,
-                     int64_t begin, int64_t end);
+    // Activations in integers (prepared.h), for tokens begin .. end-1 of x [tokens, k] with `stride` floats between tokens.
+    void (*quantize)(const Prepared& w, const float* x, int64_t stride, bool all_fine, const Activations& a, int64_t begin,
+                     int64_t end);
     // The exact path's counterpart: copies x into a.x, padded.
     void (*pad)(const Prepared& w, const float* x, int64_t stride, const Activations& a, int64_t begin, int64_t end);
 
     // y = epilogue(a @ decode(w).T): exact int32 sums per group, each times scale * activation scale, added in group
-    // order in float32, a group's low part after its high one. An element depends on its token and row only.
+    // order in float32, a group's rest after its q. An element depends on its token and row only.
     void (*matmul_int8)(const Prepared& w, const Activations& a, const Output& out, const Tile& tile);
     // The same with float32 activations and exactly decoded weights: a group's products added column by column, then that
     // sum times the scale. An element depends on its token and row only here too. |error| <= (columns + 4) u sum |x| |w|.

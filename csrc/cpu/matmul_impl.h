@@ -5,6 +5,8 @@
 // tiles of 6 tokens x 32 rows run over it.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "matmul_exact_impl.h"
 #include "prepared.h"
@@ -67,27 +69,43 @@ DQ_INLINE Isa::Floats group_scale(const Prepared& w, int64_t scale_at) {
 }
 
 template <int M>
-DQ_INLINE int count_fine(const Activations& a, int64_t token, int64_t g) {
-    int fine = 0;
-    for (int m = 0; m < M; ++m) fine += a.fine[(token + m) * a.groups + g];
-    return fine;
+DQ_INLINE int count_of(const Activations& a, int64_t token, int64_t g, Kind kind) {
+    int count = 0;
+    for (int m = 0; m < M; ++m) count += a.kind[(token + m) * a.groups + g] == kind;
+    return count;
 }
 
-// out[m] += sums[m] * scale of the weight * scale of the activation * factor
-template <int Storage, int M>
+// out[m] += sums[m] * scale of the weight * scale of the activation, times the factor of the rest where `Rest`
+template <int Storage, int M, bool Rest>
 DQ_INLINE void add_group(const Isa::Sums<Storage>* sums, Isa::Floats scale, const Activations& a, int64_t token, int64_t g,
-                         float factor, Isa::Floats* out) {
+                         Isa::Floats* out) {
     for (int m = 0; m < M; ++m) {
-        const Isa::Floats both = Isa::mul(scale, Isa::splat_float(a.scale[(token + m) * a.groups + g] * factor));
+        const int64_t at = (token + m) * a.groups + g;
+        const Isa::Floats both = Isa::mul(scale, Isa::splat_float(Rest ? a.scale[at] * rest_factor(a.kind[at]) : a.scale[at]));
         out[m] = Isa::mul_add(Isa::to_float(sums[m]), both, out[m]);
     }
 }
 
-// One group of one block with M tokens, codes unpacked in registers: the sums of the high parts, and where Fine also
-// those of the low parts.
-template <int Storage, int M, bool Fine>
-DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, const int8_t* const* x, int64_t to_low,
-                                    Isa::Sums<Storage>* sums, Isa::Sums<Storage>* low) {
+// Adds the products of the units of a group that `touched` names; `quads(unit, to)` gives a unit's.
+template <int Storage, class Quads>
+DQ_INLINE void add_touched(const Prepared& w, uint32_t touched, const int8_t* rest, Quads quads, Isa::Sums<Storage>& sums) {
+    constexpr int kQuads = quads_per_unit(Storage);
+    const int64_t per_bit = units_per_bit(w), units = w.padded / (4 * kQuads);
+    for (; touched != 0; touched &= touched - 1) {
+        int64_t unit = __builtin_ctz(touched) * per_bit;
+        for (const int64_t end = unit + per_bit < units ? unit + per_bit : units; unit < end; ++unit) {
+            Isa::Quad q[kQuads];
+            quads(unit, q);
+            for (int i = 0; i < kQuads; ++i) Isa::dot(sums, q[i], rest + 4 * (unit * kQuads + i));
+            Isa::flush(sums);
+        }
+    }
+}
+
+// One group of one block with M tokens, codes unpacked in registers: the sums of q, and where Rest also those of the rest.
+template <int Storage, int M, bool Rest>
+DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, const int8_t* const* x, int64_t to_rest,
+                                    Isa::Sums<Storage>* sums, Isa::Sums<Storage>* rest) {
     constexpr int kQuads = quads_per_unit(Storage);
     constexpr int kStep = 8 / kQuads;  // units between two flushes: 8 quads fit the 16-bit sums of AVX2
     const int64_t units = w.padded / (4 * kQuads);
@@ -103,13 +121,13 @@ DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, con
         for (int i = 0; i < kQuads; ++i, at += 4) {
             for (int m = 0; m < M; ++m) {
                 Isa::dot(sums[m], quads[i], x[m] + at);
-                if (Fine) Isa::dot(low[m], quads[i], x[m] + to_low + at);
+                if (Rest) Isa::dot(rest[m], quads[i], x[m] + to_rest + at);
             }
         }
     };
     const auto flush = [&] {
         for (int m = 0; m < M; ++m) Isa::flush(sums[m]);
-        for (int m = 0; Fine && m < M; ++m) Isa::flush(low[m]);
+        for (int m = 0; Rest && m < M; ++m) Isa::flush(rest[m]);
     };
     int64_t u = 0;
     for (; u + kStep <= units; u += kStep) {
@@ -123,9 +141,8 @@ DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, con
     return codes;
 }
 
-// Products of one block with M tokens. Where most tokens of a group are fine their low parts are summed together; where
-// few are, each alone, unpacking the group again: of eight tokens with an outlier in one group of eight, one in two
-// groups has none to sum.
+// Products of one block with M tokens. Where most tokens of a group are fine the rests are summed together, else each
+// token's alone, unpacking again what of the group it needs: for outliers that is one unit in ten.
 template <int Storage, int M>
 DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block, int64_t token, Isa::Floats* out) {
     const uint8_t* codes = w.codes + block * w.block_bytes();
@@ -134,30 +151,42 @@ DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block
         x[m] = a.q + (token + m) * a.columns;
         out[m] = Isa::splat_float(0.0f);
     }
-    const int64_t to_low = a.low - a.q;
+    const int64_t to_rest = a.rest - a.q;
     for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t scale_at = (block * w.groups + g) * kRows;
-        const int fine = count_fine<M>(a, token, g);
-        const bool together = 2 * fine > M;
+        const bool together = 2 * count_of<M>(a, token, g, kFine) > M;
         const uint8_t* const group = codes;
-        Isa::Sums<Storage> sums[M], low[M];
-        for (int m = 0; m < M; ++m) {
-            const int64_t at = (token + m) * a.groups + g;
-            Isa::start(sums[m], first_sum<Storage>(w, scale_at, a.sum[at]));
-            Isa::start(low[m], first_sum<Storage>(w, scale_at, a.low_sum[at]));
-        }
-        codes = together ? group_int8<Storage, M, true>(w, codes, x, to_low, sums, low)
-                         : group_int8<Storage, M, false>(w, codes, x, to_low, sums, low);
         const Isa::Floats scale = group_scale<Storage>(w, scale_at);
-        add_group<Storage, M>(sums, scale, a, token, g, 1.0f, out);
+        Isa::Sums<Storage> sums[M], rest[M];
+        for (int m = 0; m < M; ++m) {
+            Isa::start(sums[m], first_sum<Storage>(w, scale_at, a.sum[(token + m) * a.groups + g]));
+        }
         if (together) {
-            add_group<Storage, M>(low, scale, a, token, g, 1.0f / 256.0f, out);
-        } else if (fine) {
             for (int m = 0; m < M; ++m) {
-                if (!a.fine[(token + m) * a.groups + g]) continue;
-                const int8_t* const alone = x[m] + to_low;
-                group_int8<Storage, 1, false>(w, group, &alone, 0, low + m, low + m);
-                add_group<Storage, 1>(low + m, scale, a, token + m, g, 1.0f / 256.0f, out + m);
+                Isa::start(rest[m], first_sum<Storage>(w, scale_at, a.rest_sum[(token + m) * a.groups + g]));
+            }
+            codes = group_int8<Storage, M, true>(w, codes, x, to_rest, sums, rest);
+            add_group<Storage, M, false>(sums, scale, a, token, g, out);
+            add_group<Storage, M, true>(rest, scale, a, token, g, out);
+        } else {
+            codes = group_int8<Storage, M, false>(w, codes, x, to_rest, sums, rest);
+            add_group<Storage, M, false>(sums, scale, a, token, g, out);
+            for (int m = 0; m < M; ++m) {
+                const int64_t at = (token + m) * a.groups + g;
+                if (a.kind[at] == kCoarse) continue;
+                const int8_t* const alone = x[m] + to_rest;
+                Isa::Sums<Storage> own;
+                Isa::start(own, first_sum<Storage>(w, scale_at, a.rest_sum[at]));
+                if (a.kind[at] == kFine) {
+                    group_int8<Storage, 1, false>(w, group, &alone, 0, &own, &own);
+                } else {
+                    const auto unpacked = [&](int64_t unit, Isa::Quad* to) {
+                        Isa::template unpack<Storage>(group + unit * unit_bytes(Storage), to);
+                        look_up<Storage>(w, to);
+                    };
+                    add_touched<Storage>(w, a.touched[at], alone, unpacked, own);
+                }
+                add_group<Storage, 1, true>(&own, scale, a, token + m, g, out + m);
             }
         }
         for (int m = 0; m < M; ++m) x[m] += w.padded;
@@ -232,8 +261,8 @@ void unpack_block(const Prepared& w, int64_t block, uint8_t* to) {
     }
 }
 
-// M tokens x B blocks over unpacked quads [B][columns / 4][64], `bytes` from one block to the next. The low parts are a
-// second pass over a group's quads, which are in L1 by then: two sets of sums would not fit the registers.
+// M tokens x B blocks over unpacked quads [B][columns / 4][64], `bytes` from one block to the next. The rests are a second
+// pass over a group's quads, which are in L1 by then: two sets of sums would not fit the registers.
 template <int Storage, int M, int B>
 DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block, int64_t token, const uint8_t* quads,
                          float (*products)[M][kRows]) {
@@ -243,15 +272,15 @@ DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block,
         for (int m = 0; m < M; ++m) out[b][m] = Isa::splat_float(0.0f);
     }
     for (int64_t g = 0; g < w.groups; ++g) {
-        const int parts = count_fine<M>(a, token, g) ? 2 : 1;
-        for (int part = 0; part < parts; ++part) {
-            const int8_t* x = (part ? a.low : a.q) + token * a.columns + g * w.padded;
-            const int32_t* sum = (part ? a.low_sum : a.sum) + token * a.groups + g;
-            const uint8_t* from = quads + g * w.padded * kRows;
+        const uint8_t* const group = quads + g * w.padded * kRows;
+        const auto scale_at = [&](int b) { return ((block + b) * w.groups + g) * kRows; };
+        const auto add_all = [&](const int8_t* x, const int32_t* sum, auto is_rest) {
+            x += token * a.columns + g * w.padded;
+            sum += token * a.groups + g;
+            const uint8_t* from = group;
             Isa::Sums<Storage> sums[B][M];
             for (int b = 0; b < B; ++b) {
-                const int64_t scale_at = ((block + b) * w.groups + g) * kRows;
-                for (int m = 0; m < M; ++m) Isa::start(sums[b][m], first_sum<Storage>(w, scale_at, sum[m * a.groups]));
+                for (int m = 0; m < M; ++m) Isa::start(sums[b][m], first_sum<Storage>(w, scale_at(b), sum[m * a.groups]));
             }
             for (int64_t left = w.padded / 4; left > 0; left -= 8) {
                 const int64_t run = left < 8 ? left : 8;
@@ -267,8 +296,27 @@ DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block,
                 }
             }
             for (int b = 0; b < B; ++b) {
-                const Isa::Floats scale = group_scale<Storage>(w, ((block + b) * w.groups + g) * kRows);
-                add_group<Storage, M>(sums[b], scale, a, token, g, part ? 1.0f / 256.0f : 1.0f, out[b]);
+                const Isa::Floats scale = group_scale<Storage>(w, scale_at(b));
+                add_group<Storage, M, decltype(is_rest)::value>(sums[b], scale, a, token, g, out[b]);
+            }
+        };
+        add_all(a.q, a.sum, std::false_type{});
+        if (count_of<M>(a, token, g, kFine)) {
+            add_all(a.rest, a.rest_sum, std::true_type{});
+            continue;
+        }
+        for (int m = 0; m < M; ++m) {
+            const int64_t at = (token + m) * a.groups + g;
+            if (a.kind[at] == kCoarse) continue;
+            for (int b = 0; b < B; ++b) {
+                const auto unpacked = [&](int64_t unit, Isa::Quad* to) {
+                    constexpr int kQuads = quads_per_unit(Storage);
+                    for (int i = 0; i < kQuads; ++i) to[i] = Isa::load_quad(group + b * bytes + (unit * kQuads + i) * 64);
+                };
+                Isa::Sums<Storage> own;
+                Isa::start(own, first_sum<Storage>(w, scale_at(b), a.rest_sum[at]));
+                add_touched<Storage>(w, a.touched[at], a.rest + (token + m) * a.columns + g * w.padded, unpacked, own);
+                add_group<Storage, 1, true>(&own, group_scale<Storage>(w, scale_at(b)), a, token + m, g, &out[b][m]);
             }
         }
     }

@@ -70,18 +70,30 @@ struct Prepared {
 
 // Activations of `tokens` rows, padded like the weight they meet: column c of group g is at g * padded + c.
 //
-// x = scale * (q + low / 256), where a group is `fine`; in the others low is zero and not even multiplied. Eight bits
-// are not enough everywhere: one outlier takes the precision of its whole group (SmolLM2-135M at 4 bits, KL to exact
-// activations: 6.7e-3 with no group fine, 5e-4 with the groups whose maximum exceeds 3.25 times the row's rms, below
-// 1e-7 with all). For very few tokens a second product costs nothing, since memory is what they wait for.
+// x = scale * (q + factor * rest), the factor by the kind of the group:
+//
+//   kCoarse    0        8 bits are enough: rest is zero and not even multiplied
+//   kFine      1 / 256  15 bits of everything. For very few tokens a second product costs nothing, since memory is what
+//                       they wait for.
+//   kOutliers  254      an outlier would take the precision of its whole group. The scale is that of the others, and rest
+//                       is zero but for the few values beyond 127 of it: their units alone (`touched`) are multiplied.
+//
+// SmolLM2-135M at 4 bits, KL to exact activations: 6.7e-3 with every group coarse, 8.1e-4 with coarse ones and outliers, below
+// 1e-7 with every group fine.
+enum Kind : uint8_t { kCoarse = 0, kFine = 1, kOutliers = 2 };
+inline float rest_factor(uint8_t kind) { return kind == kFine ? 1.0f / 256.0f : 254.0f; }
+
 struct Activations {
-    int8_t *q, *low;         // [tokens, columns], in [-127, 127]
-    float* scale;            // [tokens, groups]: largest |x| of the group / 127
-    int32_t *sum, *low_sum;  // [tokens, groups]: of q, of low
-    uint8_t* fine;           // [tokens, groups]: 1 or 0
-    float* x;                // [tokens, columns]: the exact path instead of all of the above
+    int8_t *q, *rest;         // [tokens, columns], in [-127, 127]
+    float* scale;             // [tokens, groups]: what the group's q of 127 stands for / 127
+    int32_t *sum, *rest_sum;  // [tokens, groups]: of q, of rest
+    uint32_t* touched;        // [tokens, groups]: bit i is set where rest is not 0 in units i * units_per_bit(w) and on
+    uint8_t* kind;            // [tokens, groups]
+    float* x;                 // [tokens, columns]: the exact path instead of all of the above
     int64_t columns, groups;
 };
+
+inline int64_t units_per_bit(const Prepared& w) { return (w.padded / (4 * quads_per_unit(w.storage)) + 31) / 32; }
 
 // Lays out activations of `tokens` rows for `w` from `start` (64-byte aligned) on; nullptr only measures. Returns bytes.
 inline int64_t place_activations(const Prepared& w, int64_t tokens, bool exact, unsigned char* start, Activations* a) {
@@ -96,11 +108,12 @@ inline int64_t place_activations(const Prepared& w, int64_t tokens, bool exact, 
     const uintptr_t at = reinterpret_cast<uintptr_t>(start);
     a->scale = reinterpret_cast<float*>(at);
     a->sum = reinterpret_cast<int32_t*>(at + 4 * blocks);
-    a->low_sum = reinterpret_cast<int32_t*>(at + 8 * blocks);
-    a->q = reinterpret_cast<int8_t*>(at + 12 * blocks);
-    a->low = reinterpret_cast<int8_t*>(at + 12 * blocks + cells);
-    a->fine = reinterpret_cast<uint8_t*>(at + 12 * blocks + 2 * cells);
-    return static_cast<int64_t>(13 * blocks + 2 * cells);
+    a->rest_sum = reinterpret_cast<int32_t*>(at + 8 * blocks);
+    a->touched = reinterpret_cast<uint32_t*>(at + 12 * blocks);
+    a->q = reinterpret_cast<int8_t*>(at + 16 * blocks);
+    a->rest = reinterpret_cast<int8_t*>(at + 16 * blocks + cells);
+    a->kind = reinterpret_cast<uint8_t*>(at + 16 * blocks + 2 * cells);
+    return static_cast<int64_t>(17 * blocks + 2 * cells);
 }
 
 // What becomes of the products x @ w.T.

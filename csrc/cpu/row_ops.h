@@ -13,7 +13,7 @@ namespace {
 // What quantize_group leaves behind besides the codes.
 struct GroupResult {
     float scale;
-    int32_t sum, low_sum;
+    int32_t sum, rest_sum;
 };
 
 typedef int8_t vb __attribute__((vector_size(W)));
@@ -26,41 +26,69 @@ DQ_INLINE void store_codes(int8_t* to, vf rounded) {
 inline float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }
 inline float clamp127(float v) { return v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v == v ? v : 0.0f; }
 
-// The sums are of integers, below 2^24 for every group the bindings allow, and so exact in float32.
-template <bool Fine>
-DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padded, float largest, int8_t* q,
-                                     int8_t* low) {
+// `range` is what 127 stands for. The sums are of integers, below 2^24 for every group the bindings allow, and so exact in
+// float32.
+template <Kind kind>
+DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padded, float range, int8_t* q, int8_t* rest) {
     // Below 2^-120 the inverse would overflow: such a group is zero. NaN and infinity reach the scale, and the output.
-    const bool usable = !(largest < 7.5e-37f);
-    const float inverse = usable ? 127.0f / largest : 0.0f;
+    const bool usable = !(range < 7.5e-37f);
+    const float inverse = usable ? 127.0f / range : 0.0f;
+    constexpr float kShare = 1.0f / 254.0f;
     const vf most = splat(127.0f);
-    vf sum = vf{}, low_sum = vf{};
+    vf sum = vf{}, rest_sum = vf{};
     int64_t i = 0;
     for (; i + W <= count; i += W) {
-        const vf v = load(x + i) * inverse;
+        vf v = load(x + i) * inverse;
+        if (kind == kOutliers) {
+            const vf beyond = max(min(round_even(v * kShare), most), -most);
+            v = v - beyond * 254.0f;
+            store_codes(rest + i, beyond);
+            rest_sum += beyond;
+        }
         const vf high = max(min(round_even(v), most), -most);
         store_codes(q + i, high);
         sum += high;
-        if (Fine) {
-            const vf rest = max(min(round_even((v - high) * 256.0f), most), -most);
-            store_codes(low + i, rest);
-            low_sum += rest;
+        if (kind == kFine) {
+            const vf below = max(min(round_even((v - high) * 256.0f), most), -most);
+            store_codes(rest + i, below);
+            rest_sum += below;
         }
     }
-    float total = sum_of(sum), low_total = sum_of(low_sum);
+    float total = sum_of(sum), rest_total = sum_of(rest_sum);
     for (; i < count; ++i) {
-        const float v = x[i] * inverse, high = clamp127(round_even(v));
+        float v = x[i] * inverse, other = 0.0f;
+        if (kind == kOutliers) {
+            other = clamp127(round_even(v * kShare));
+            v -= other * 254.0f;
+        }
+        const float high = clamp127(round_even(v));
         q[i] = static_cast<int8_t>(high);
         total += high;
-        if (Fine) {
-            const float rest = clamp127(round_even((v - high) * 256.0f));
-            low[i] = static_cast<int8_t>(rest);
-            low_total += rest;
+        if (kind == kFine) other = clamp127(round_even((v - high) * 256.0f));
+        if (kind != kCoarse) {
+            rest[i] = static_cast<int8_t>(other);
+            rest_total += other;
         }
     }
-    for (; i < padded; ++i) q[i] = low[i] = 0;
-    if (!Fine) std::memset(low, 0, static_cast<size_t>(padded));
-    return {usable ? largest / 127.0f : 0.0f, static_cast<int32_t>(total), static_cast<int32_t>(low_total)};
+    for (; i < padded; ++i) q[i] = rest[i] = 0;
+    if (kind == kCoarse) std::memset(rest, 0, static_cast<size_t>(padded));
+    return {usable ? range / 127.0f : 0.0f, static_cast<int32_t>(total), static_cast<int32_t>(rest_total)};
+}
+
+// Which units of a group have a rest, see Activations::touched.
+inline uint32_t touched_units(const Prepared& w, const int8_t* rest) {
+    const int64_t bytes = 4 * quads_per_unit(w.storage) * units_per_bit(w);
+    uint32_t touched = 0;
+    for (int64_t at = 0, bit = 0; at < w.padded; at += bytes, ++bit) {
+        bool any = false;
+        for (int64_t i = at; i < at + bytes && i < w.padded; i += 4) {
+            int32_t four;
+            std::memcpy(&four, rest + i, 4);
+            any |= four != 0;
+        }
+        touched |= static_cast<uint32_t>(any) << bit;
+    }
+    return touched;
 }
 
 // max |x| and, added to *squares, the sum of squares.
@@ -82,7 +110,7 @@ float largest_of(const float* x, int64_t count, float* squares) {
     return largest;
 }
 
-void quantize(const Prepared& w, const float* x, int64_t stride, float fine_above, const Activations& a, int64_t begin,
+void quantize(const Prepared& w, const float* x, int64_t stride, bool all_fine, const Activations& a, int64_t begin,
               int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
         const float* row = x + token * stride;
@@ -90,18 +118,22 @@ void quantize(const Prepared& w, const float* x, int64_t stride, float fine_abov
         // The largest magnitudes pass through the place of the scales.
         float* scale = a.scale + token * a.groups;
         for (int64_t g = 0; g < w.groups; ++g) scale[g] = largest_of(row + g * w.group, w.group, &squares);
-        const float threshold = fine_above * std::sqrt(squares / static_cast<float>(w.k));
+        const float rms = std::sqrt(squares / static_cast<float>(w.k));
+        const bool every_fine = all_fine || rms < 1e-18f;  // smaller squares are denormal: the rms would say nothing
         for (int64_t g = 0; g < w.groups; ++g) {
             const int64_t at = token * a.groups + g, column = token * a.columns + g * w.padded;
-            const bool fine = scale[g] > threshold;
+            const Kind kind = every_fine ? kFine : scale[g] > kOutlierAbove * rms ? kOutliers : kCoarse;
             const float* x_g = row + g * w.group;
-            int8_t *q = a.q + column, *low = a.low + column;
-            const GroupResult result = fine ? quantize_group<true>(x_g, w.group, w.padded, scale[g], q, low)
-                                            : quantize_group<false>(x_g, w.group, w.padded, scale[g], q, low);
+            int8_t *q = a.q + column, *rest = a.rest + column;
+            const GroupResult result =
+                kind == kFine ? quantize_group<kFine>(x_g, w.group, w.padded, scale[g], q, rest)
+                : kind == kCoarse ? quantize_group<kCoarse>(x_g, w.group, w.padded, scale[g], q, rest)
+                                  : quantize_group<kOutliers>(x_g, w.group, w.padded, kOutlierRange * rms, q, rest);
             scale[g] = result.scale;
             a.sum[at] = result.sum;
-            a.low_sum[at] = result.low_sum;
-            a.fine[at] = fine;
+            a.rest_sum[at] = result.rest_sum;
+            a.touched[at] = kind == kOutliers ? touched_units(w, rest) : 0;
+            a.kind[at] = kind;
         }
     }
 }

@@ -67,14 +67,15 @@ def prepared(*parts: cpu_prepared.Part, n: int, exact: bool = False) -> NativeWe
 
 
 def rounding_bound(x: Tensor, dense: Tensor, group: int) -> Tensor:
-    """How far int8 or 15-bit activations may move x @ dense.T: half a step of a group's scale per value, or 1/256 of
-    one where the group is fine; that is always so for few tokens."""
+    """How far integer activations may move x @ dense.T: half a step of a group's scale per value, 1/256 of one for few
+    tokens. The scale is that of the group's largest magnitude or, where that is an outlier, of 1.9 times the row's rms."""
     m, k = x.shape
     grouped = x.view(m, -1, group).abs()
     largest = grouped.amax(-1)
     rms = x.square().mean(-1, keepdim=True).sqrt()
-    surely_fine = (largest > 3.2501 * rms) | (m <= FEW_TOKENS)
-    step = largest / 127 * torch.where(surely_fine, 1 / 256, 0.5)
+    step = torch.where(largest > 2.7501 * rms, 1.9 * rms, largest) / 127 / 2
+    fine = (rms < 1e-18) | (m <= FEW_TOKENS)  # the squares of so small a row are lost to float32
+    step = torch.where(fine, largest / 127 / 256, step)
     return step.double() @ dense.view(-1, k // group, group).abs().sum(-1).double().T
 
 

@@ -48,12 +48,17 @@ class Curvature:
     """H + lambda I and its factor, in the order in which columns are rounded.
 
     ``order`` int64 [K]: the column that is i-th; ``hessian`` and ``factor`` float32 [K, K] in that order, the factor
-    upper triangular with factor @ factor.T = hessian.
+    upper triangular with factor @ factor.T = hessian. ``backwards`` is the hessian with its last row and column first.
     """
 
     order: Tensor
-    hessian: Tensor
+    backwards: Tensor
     factor: Tensor
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """H + lambda I, float32 [K, K]; GPTQ does without it and saves a pass over K x K numbers."""
+        return self.backwards.flip(0, 1)
 
     def row_losses(self, error: Tensor) -> Tensor:
         """loss of each row of ``error`` float32 [N, K] (columns in the layer's own order): float32 [N]."""
@@ -61,8 +66,13 @@ class Curvature:
 
     @cached_property
     def _rows_restored(self) -> Tensor:
-        """The factor for errors in the layer's own order: moves K x K numbers once instead of N x K each time."""
-        return self.restored(self.factor.T).T
+        """The factor for errors in the layer's own order: moves K rows once instead of N x K numbers each time."""
+        return self.factor.index_select(0, self._places)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Where in ``order`` each column is, int64 [K]."""
+        return self.order.argsort()
 
     def row_losses_in_order(self, error: Tensor) -> Tensor:
         """The same of an error whose columns are in ``order``."""
@@ -71,7 +81,9 @@ class Curvature:
     def feedback(self) -> Tensor:
         """F [K, K] strictly upper triangular, F_ij = R_ij / R_jj: with the error e = w - w_hat of the columns before j,
         w_j + sum_i e_i F_ij is the value to round, because ||e R||^2 = sum_j R_jj^2 (e_j + sum_{i<j} e_i F_ij)^2."""
-        return torch.triu(self.factor / self.factor.diagonal(), 1)
+        feedback = self.factor / self.factor.diagonal()
+        feedback.diagonal().zero_()  # all that a strictly upper triangular one has not: no pass of triu over K x K
+        return feedback
 
     def solve(self, right: Tensor) -> Tensor:
         """X [N, K] with X @ hessian = right [N, K], both in the curvature's order."""
@@ -81,9 +93,7 @@ class Curvature:
 
     def restored(self, ordered: Tensor) -> Tensor:
         """A tensor [N, K] with its columns back in the layer's own order."""
-        result = torch.empty_like(ordered)
-        result[:, self.order] = ordered
-        return result
+        return ordered.index_select(1, self._places)
 
 
 def curvature(inputs: Tensor, damp: float, order: str = "natural") -> Curvature:
@@ -104,7 +114,7 @@ def curvature(inputs: Tensor, damp: float, order: str = "natural") -> Curvature:
         added = damp * mean
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
-            return Curvature(columns, hessian.flip(0, 1), lower.flip(0, 1))
+            return Curvature(columns, hessian, lower.flip(0, 1))
         damp *= 10
     raise DQError(
         f"the second moments of the calibration inputs cannot be factored, even with {added:.3g} on the diagonal; use "

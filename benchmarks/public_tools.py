@@ -4,9 +4,9 @@
     python benchmarks/public_tools.py gptq MODEL --calibration c4.txt -o build/public/gptq-3
     dq compare MODEL ... --checkpoint 'AutoRound 0.16.1=build/public/autoround-3@3:64'
 
-``autoround`` is AutoRound's own package, ``gptq`` the GPTQ of llm-compressor (vLLM's); each is installed in an environment
-of its own below build/rivals, once. The windows are packed here, by the same code and seed as in ``dq quantize`` and
-``dq compare``, and handed over as token ids: the tools' own data sets are never read. What comes out is a directory of
+``autoround`` is AutoRound's own package, ``gptq`` the GPTQ of llm-compressor (vLLM's); each is installed in an
+environment of its own below build/rivals, once. The windows are packed here, by the same code and seed as in
+``dq quantize`` and ``dq compare``, and handed over as token ids: the tools' own data sets are never read. What comes out is a directory of
 dense float32 weights, rounded and expanded again, which `dq compare --checkpoint` scores with the evaluator of every
 other row. ``made.json`` beside it says with which versions, options and seconds.
 """
@@ -94,7 +94,8 @@ def main() -> None:
         done = subprocess.run([python, str(worker), str(folder)], check=False)
     if done.returncode:
         sys.exit(f"{TOOLS[chosen.tool]} failed (exit {done.returncode}); its own message is above")
-    print(f"{chosen.output}: score it with dq compare --checkpoint NAME={chosen.output}@{chosen.bits}:{chosen.group_size}")
+    grid = f"{chosen.bits}:{chosen.group_size}"
+    print(f"{chosen.output}: score it with dq compare --checkpoint NAME={chosen.output}@{grid}")
 
 
 if __name__ == "__main__":

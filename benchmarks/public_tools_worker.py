@@ -126,7 +126,8 @@ def main() -> None:
     made = {"autoround": autoround, "gptq": gptq}[job["tool"]](job, model, tokenizer, windows)
     made |= {key: job[key] for key in ("tool", "bits", "group_size", "row_layers", "threads", "calibration_sha256")}
     package = {"autoround": "auto-round", "gptq": "llmcompressor"}[job["tool"]]
-    made |= {"package": f"{package} {version(package)}", "torch": version("torch"), "transformers": version("transformers")}
+    made["package"] = f"{package} {version(package)}"
+    made |= {name: version(name) for name in ("torch", "transformers")}
     made["seconds"] = round(time.monotonic() - started, 1)
     (partial / "made.json").write_text(json.dumps(made, indent=1) + "\n")
     for file in Path(job["model"]).glob("tokenizer*"):

@@ -81,7 +81,8 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes on disk: codes, scales and packed zero points."""
-        total = self.packed.nbytes + self.scale.numel() * SCALE_BITS.get(self.form, 16) // 8
+        bits = SCALE_BITS.get(self.form, 8 * self.scale.element_size())
+        total = self.packed.nbytes + self.scale.numel() * bits // 8
         if self.zero is not None:
             total += 4 * words_per_row(self.n, self.bits) * self.scale.shape[1]
         return total

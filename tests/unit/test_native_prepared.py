@@ -68,7 +68,7 @@ def prepared(*parts: cpu_prepared.Part, n: int, exact: bool = False) -> NativeWe
 
 def rounding_bound(x: Tensor, dense: Tensor, group: int) -> Tensor:
     """How far integer activations may move x @ dense.T: half a step of a group's scale per value, 1/256 of one for few
-    tokens. The scale is that of the group's largest magnitude or, where that is an outlier, of 1.9 times the row's rms."""
+    tokens. The scale is that of the group's largest magnitude or, if that is an outlier, of 1.9 times the row's rms."""
     m, k = x.shape
     grouped = x.view(m, -1, group).abs()
     largest = grouped.amax(-1)

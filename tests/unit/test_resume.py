@@ -282,7 +282,7 @@ LONG = 200  # steps: about two seconds on one core, long enough to be killed in
 
 def _command(model: Path, text: Path, output: Path, *more: str) -> list[str]:
     sizes = ["--windows", "4", "--window-length", "32", "--held-out-windows", "2", "--compute-dtype", "float32"]
-    often = ["--set", f"steps={LONG}", "--checkpoint-every", "0.1"]
+    often = ["--rounding", "discquant-paper", "--set", f"steps={LONG}", "--checkpoint-every", "0.1"]
     base = [sys.executable, "-m", "dq_runtime", "quantize", str(model), "-o", str(output)]
     return [*base, "--calibration", str(text), *sizes, *often, *more]
 

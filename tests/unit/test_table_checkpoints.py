@@ -172,12 +172,14 @@ def test_quantize_on_a_table_from_the_command_line(
     common = [str(tiny_model), "--calibration", str(tiny_text), "--windows", "4", "--window-length", "32"]
     common += ["--held-out-windows", "1", "--json"]
     out = tmp_path / "out"
-    assert main(["quantize", *common, "-o", str(out), "--grid", "nvfp4"]) == 0
+    assert main(["quantize", *common, "-o", str(out), "--grid", "nvfp4", "--rounding", "gptq"]) == 0
     capsys.readouterr()
     layers = open_checkpoint(out).layers.values()
     assert {(s.bits, s.group_size, s.form) for s in layers} == {(4, 16, "nvfp4")}
     assert main(["quantize", *common, "-o", str(tmp_path / "no"), "--grid", "nf4", "--rounding", "autoround"]) != 0
-    assert "evenly spaced levels, which grid nf4 has not; use one of nearest, discquant" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "evenly spaced levels, which grid nf4 has not; use one of nearest, " in said
+    assert "discquant-paper" in said
     assert main(["quantize", *common, "-o", str(tmp_path / "no"), "--grid", "mxfp4", "--bits", "3"]) != 0
     assert "grid mxfp4 means bits 4, got 3" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -8,7 +8,8 @@ tensors and nothing else, its Cholesky factorisation, the products of the lazy b
 take turns, so that a change of the machine's speed meets both; figures are medians, the ratio that of each turn.
 
 ``moments`` is the largest product of the method, that of the second moments X^T X over the calibration tokens, window
-by window as `dq quantize` adds them up, divided by the layers that share an input. ``ratio_whole`` has it on both sides.
+by window as `dq quantize` adds them up, divided by the layers that share an input. ``ratio_whole`` has it on both
+sides.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 
 ``autoround`` is AutoRound's own package, ``gptq`` the GPTQ of llm-compressor (vLLM's); each is installed in an
 environment of its own below build/rivals, once. The windows are packed here, by the same code and seed as in
-``dq quantize`` and ``dq compare``, and handed over as token ids: the tools' own data sets are never read. What comes out is a directory of
-dense float32 weights, rounded and expanded again, which `dq compare --checkpoint` scores with the evaluator of every
-other row. ``made.json`` beside it says with which versions, options and seconds.
+``dq quantize`` and ``dq compare``, and handed over as token ids: the tools' own data sets are never read. What comes
+out is a directory of dense float32 weights, rounded and expanded again, which `dq compare --checkpoint` scores with the
+evaluator of every other row. ``made.json`` beside it says with which versions, options and seconds.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def offline_cases() -> list[Case]:
             types={"packed_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*u8", "out_ptr": f"*{dtype}", "N": "i32"},
             constants={
                 "K": k, "BITS": bits, "GROUP": group, "HAS_ZERO": zero, "BN": DENSE_TILE["BN"],
-                "BK": min(DENSE_TILE["BK"], group) if group else DENSE_TILE["BK"],
+                "BK": min(DENSE_TILE["BK"], group) if group else DENSE_TILE["BK"], "TABLE": "int",
             },
             options={"num_warps": DENSE_TILE["num_warps"], "num_stages": DENSE_TILE["num_stages"]},
             aligned=("N",),

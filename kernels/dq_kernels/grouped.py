@@ -237,7 +237,7 @@ def _case(arch: int, bits: int, tile: Tile, zero: bool) -> Case:
         constants={
             "K": 2048, "BITS": bits, "GROUP": 64, "MIDDLE": float(2 ** (bits - 1)), "HAS_ZERO": zero,
             "COMPUTE": tl.bfloat16, "SCALE": tl.bfloat16, "TOP_K": 8, "SCALE_ROWS": 16, "ZERO_ROWS": 8 if zero else 0,
-            "BM": tile.BM, "BN": tile.BN, "STAGES": tile.num_stages, "PLAIN": False,
+            "BM": tile.BM, "BN": tile.BN, "STAGES": tile.num_stages, "PLAIN": False, "TABLE": "int",
         },
         options={"num_warps": tile.num_warps},
         archs=(arch,),

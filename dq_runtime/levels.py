@@ -10,6 +10,7 @@ sign and magnitude (code 8 is -0); :func:`ordered` and :func:`sign_magnitude` ar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 NF4 = (
@@ -40,6 +41,13 @@ TABLE_BITS = 4
 # The group size that a form has by definition, and the bits that a scale takes on disk (16 otherwise).
 GROUP_SIZE = {"mxfp4": 32, "nvfp4": 16}
 SCALE_BITS = {"mxfp4": 8, "nvfp4": 8}
+LARGEST_E4M3 = 448.0  # the 8-bit float that nvfp4's scales are, over a power of two
+
+
+def e4m3_shift(largest: float) -> int:
+    """The largest p with ``largest`` * 2^p <= 448, of a positive finite number."""
+    mantissa, exponent = math.frexp(largest)
+    return 9 - exponent if mantissa * 512 <= LARGEST_E4M3 else 8 - exponent
 
 
 def ordered(stored: Any) -> Any:

@@ -13,7 +13,7 @@ namespace {
 struct Isa {
     // A GEMM tile: 6 tokens x 2 blocks is 12 int32 and 12 float32 accumulators, 2 quads and a few spare of 32 registers.
     static constexpr int kTokens = 6;
-    // Tokens that meet a quad in registers at once: 8 sums, 8 of the low parts, 8 results.
+    // Tokens that meet a quad in registers at once: 8 sums, 8 of the rests, 8 results.
     static constexpr int kMostFew = 8;
 
     using Quad = __m512i;

@@ -142,7 +142,7 @@ DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, con
 }
 
 // Products of one block with M tokens. Where most tokens of a group are fine the rests are summed together, else each
-// token's alone, unpacking again what of the group it needs: for outliers that is one unit in ten.
+// token's alone, unpacking again what of the group it needs.
 template <int Storage, int M>
 DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block, int64_t token, Isa::Floats* out) {
     const uint8_t* codes = w.codes + block * w.block_bytes();

@@ -11,6 +11,7 @@ import math
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -67,6 +68,7 @@ class Levels:
     step: float
 
 
+@cache  # a matmul asks for them each time
 def levels_of(form: str) -> Levels:
     """The :class:`Levels` of a table of :mod:`dq_runtime.levels`."""
     values = LEVELS[form]

@@ -62,8 +62,7 @@ class Lerp:
 @dataclass(frozen=True)
 class TrainingCall:
     """Everything an implementation may base its answer on. ``dtype``: of the activations (lerp_mm, lerp_mm_backward,
-    layer_passes),
-    of x (projected_adam) or of the logits (mean_kl_with_grad). The last three are 0 or False where there is no Lerp."""
+    layer_passes), of x (projected_adam) or of the logits (mean_kl_with_grad). What follows it is a Lerp's."""
 
     op: str
     device: str

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dq_runtime.errors import SpecError
 from dq_runtime.grids.table_grid import TableGrid
+from dq_runtime.levels import LARGEST_E4M3, e4m3_shift
 
 E8M0 = (2.0**-126, 2.0**127)  # its 2^-127 is below what bfloat16 holds without denormals
-E4M3 = torch.finfo(torch.float8_e4m3fn)
 SMALLEST_E4M3 = 2.0**-9
 # 2^-9 * 2^-p and 448 * 2^-p are then ordinary bfloat16 numbers.
 MOST_SHIFT = 100
@@ -36,19 +36,14 @@ class Nvfp4Grid(TableGrid):
 
     def _storable(self, reach: Tensor, absmax: Tensor) -> Tensor:
         largest = float(absmax.max()) / self._largest
-        if largest > E4M3.max * 2.0**MOST_SHIFT:
+        if largest > LARGEST_E4M3 * 2.0**MOST_SHIFT:
             raise SpecError(f"a weight of magnitude {float(absmax.max()):.3g} is beyond what nvfp4 holds")
         shift = shift_of(largest)
-        local = (reach / self._largest * 2.0**shift).clamp(SMALLEST_E4M3, E4M3.max)
+        local = (reach / self._largest * 2.0**shift).clamp(SMALLEST_E4M3, LARGEST_E4M3)
         local = torch.where(absmax == 0, torch.ones_like(local), local)
         return (local.to(torch.float8_e4m3fn).float() * 2.0**-shift).to(self.scale_dtype)
 
 
 def shift_of(largest: float) -> int:
     """The largest p at which ``largest`` * 2^p is still an e4m3, within what bfloat16 bears."""
-    if largest == 0:
-        return 0
-    shift = MOST_SHIFT
-    while shift > -MOST_SHIFT and largest * 2.0**shift > E4M3.max:
-        shift -= 1
-    return shift
+    return 0 if largest == 0 else max(-MOST_SHIFT, min(MOST_SHIFT, e4m3_shift(largest)))

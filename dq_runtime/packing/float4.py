@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from dq_runtime.errors import SpecError
-from dq_runtime.levels import sign_magnitude
+from dq_runtime.levels import LARGEST_E4M3, e4m3_shift, sign_magnitude
 from dq_runtime.packing.layout import PackedWeight
-
-LARGEST = 448.0  # of e4m3
 
 
 def float4_tensors(layer: str, w: PackedWeight, shift: int | None = None) -> dict[str, Tensor]:
@@ -54,12 +52,10 @@ def shared_shift(weights: Iterable[PackedWeight]) -> int | None:
 
 
 def _shift(scale: Tensor) -> int:
-    """The largest p with scale * 2^p <= 448 for positive finite scales [N, G]."""
-    largest = float(scale.max())
-    mantissa, exponent = (float(v) for v in torch.frexp(torch.tensor(largest, dtype=torch.float64)))
-    return 9 - int(exponent) if mantissa * 512 <= LARGEST else 8 - int(exponent)
+    """The largest p at which positive finite scales [N, G] are within e4m3."""
+    return e4m3_shift(float(scale.max()))
 
 
 def _holds(scale: Tensor, shift: int) -> bool:
     moved = scale.double() * 2.0**shift
-    return bool((moved <= LARGEST).all()) and bool((moved.to(torch.float8_e4m3fn).double() == moved).all())
+    return bool((moved <= LARGEST_E4M3).all()) and bool((moved.to(torch.float8_e4m3fn).double() == moved).all())

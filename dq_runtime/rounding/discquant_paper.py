@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dq_runtime.errors import SpecError
 from dq_runtime.rounding.base import AdamStep, Choice, Job, Moments, Needs, Rounded, Student, options_from
-from dq_runtime.rounding.whole_model import check_kl, run_steps, warmup_cosine
+from dq_runtime.rounding.whole_model import batch_backward, run_steps, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,7 @@ class DiscQuantPaper:
             _restore(student, moments, saved[1])
 
         def step(i: int) -> dict[str, float]:
-            kl = 0.0
-            for j in range(recipe.batch):
-                kl += student.kl_backward((i * recipe.batch + j) % student.windows).item() / recipe.batch
-            check_kl(kl, i)
+            kl = batch_backward(student, i, recipe.batch)
             lr = recipe.lr * warmup_cosine(i, total, recipe.warmup)
             hyper = self._hyper(i + 1, lr, delta2)
             counts = [layer.step(moments[name], hyper) for name, layer in student.layers.items()]

@@ -23,7 +23,7 @@ from torch import Tensor
 from dq_runtime.errors import SpecError
 from dq_runtime.rounding.base import Choice, Job, LayerProblem, Needs, Rounded, options_from
 from dq_runtime.rounding.straight_through import LearnedScales, codes, snap
-from dq_runtime.rounding.whole_model import check_kl, run_steps, warmup_cosine
+from dq_runtime.rounding.whole_model import batch_backward, run_steps, warmup_cosine
 
 # Adam's epsilon: the KL's gradient per grid step is about 1e-8 on SmolLM2-135M, which the usual 1e-8 would halve.
 EPSILON = 1e-16
@@ -84,10 +84,7 @@ class QAT:
 
         def step(i: int) -> dict[str, float]:
             optimizer.zero_grad()
-            kl = 0.0
-            for j in range(recipe.batch):
-                kl += student.kl_backward((i * recipe.batch + j) % student.windows, weights).item() / recipe.batch
-            check_kl(kl, i)
+            kl = batch_backward(student, i, recipe.batch, weights)
             share = warmup_cosine(i, total, recipe.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dq_runtime.errors import SpecError
-from dq_runtime.rounding.base import Job
+from dq_runtime.rounding.base import Job, Student, Weights
 
 # A run is called diverged where the KL of this many windows in a row is more than TOO_FAR times that of the first.
 WATCHED = 32
@@ -30,6 +30,16 @@ def check_kl(kl: float, step: int) -> None:
     """Raise :class:`SpecError` for a KL that is not finite; ``step`` counts from 0."""
     if not math.isfinite(kl):
         raise SpecError(f"the KL became {kl} at step {step + 1}; use a smaller lr or float32 computation")
+
+
+def batch_backward(student: Student, step: int, batch: int, weights: Weights | None = None) -> float:
+    """The mean KL of the ``batch`` windows of a step from 0, which take turns; their gradients are added up.
+    :class:`SpecError` where it is not finite."""
+    kl = 0.0
+    for i in range(step * batch, (step + 1) * batch):
+        kl += student.kl_backward(i % student.windows, weights).item() / batch
+    check_kl(kl, step)
+    return kl
 
 
 def check_progress(history: Sequence[Mapping[str, float]], steps: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_runtime.errors import DQError
+from dq_runtime.levels import SCALE_BITS
 from dq_runtime.packing.checkpoint import Checkpoint
 from dq_runtime.runtime.language_model import LanguageModel
 from dq_runtime.server.errors import APIError
@@ -33,7 +34,7 @@ def measure(checkpoint: Checkpoint) -> Size:
     stored, weights = 0.0, 0
     for _, weight in checkpoint.weights():
         widths.add(weight.bits)
-        by_group = 16 if weight.zero is None else 16 + weight.bits
+        by_group = SCALE_BITS.get(weight.form, 16) + (0 if weight.zero is None else weight.bits)
         stored += weight.n * weight.k * (weight.bits + by_group / weight.group_size)
         weights += weight.n * weight.k
     checkpoint.release()

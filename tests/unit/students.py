@@ -16,7 +16,7 @@ from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import StudentLinear
 from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
 from dq_runtime.rounding import Job
-from dq_runtime.rounding.base import AdamStep, Moments
+from dq_runtime.rounding.base import AdamStep, Moments, Weights
 from dq_runtime.runtime.dense import load_dense
 from dq_runtime.spec import GridSpec
 
@@ -71,7 +71,8 @@ class FakeStudent:
         self.asked: list[int] = []
         self._kl = kl
 
-    def kl_backward(self, window: int) -> Tensor:
+    def kl_backward(self, window: int, weights: Weights | None = None) -> Tensor:
+        assert weights is None, "its KL is a function of x"
         self.asked.append(window)
         loss = self._kl(self.layers["layer"].x, window)
         loss.backward()

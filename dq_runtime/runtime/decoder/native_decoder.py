@@ -1,8 +1,8 @@
 """The decoder as one C++ object (csrc/cpu/decoder.h): a whole step, from token ids to logits, without leaving it.
 
-By default activations meet the weights as int8, one scale per group of at most 128 columns (as 15 bits for the head, in
-groups with outliers, and for up to four generated tokens of a pass), unquantized linears are held in 8 bits (of a
-large head's, the lower two are read for the most likely tokens only, csrc/cpu/head.h), and keys and values in float16.
+By default activations meet the weights as int8, one scale per group of at most 128 columns, outliers apart (as 15 bits
+for a prompt's logits and for up to four generated tokens of a pass), unquantized linears are held in 8 bits (of a large
+head's, the lower two are read for the most likely tokens only, csrc/cpu/head.h), and keys and values in float16.
 ``exact`` keeps all of them as they are: float32 activations and cache, 16-bit weights; what differs from the torch
 decoder then is the order of float32 sums.
 

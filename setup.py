@@ -23,7 +23,9 @@ from setuptools.command.build_ext import build_ext
 
 # No -ffast-math: a result must not depend on the compiler. -ffp-contract=off for the same reason: aarch64 compilers
 # otherwise fuse a*b+c and round once instead of twice.
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-g0", "-pthread"]
+# A level of one's own in CXXFLAGS counts: what stands here comes after it.
+LEVEL = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
+FLAGS = [*LEVEL, "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-g0", "-pthread"]
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ SHARE_OF_A_STEP = 0.75
 @dataclass(frozen=True)
 class Recipe:
     """``iters`` steps of ``batch`` windows a block in the first stage; ``epochs`` passes over the windows in the
-    second, ``model_batch`` of them a step, whose highest rate is ``lr`` grid steps a step (0: :func:`usual_rate` of each
-    layer's bits), reached after the share ``warmup``; ``room``: how far from the middle of its code's cell a weight may
-    start, in grid steps."""
+    second, ``model_batch`` of them a step, whose highest rate is ``lr`` grid steps a step (0: :func:`usual_rate` of
+    each layer's bits), reached after the share ``warmup``; ``room``: how far from the middle of its code's cell a
+    weight may start, in grid steps."""
 
     iters: int = 200
     batch: int = 8

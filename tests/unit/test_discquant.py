@@ -135,14 +135,14 @@ def test_steps_of_several_windows_cut_that_order() -> None:
     assert window_batches(5, Recipe(epochs=3), 1) == [[window] for window in order]
     fours = window_batches(5, Recipe(epochs=3, model_batch=4), 1)
     assert [len(batch) for batch in fours] == [4, 4, 4]  # 15 windows: three are left over
-    assert sum(fours, []) == order[:12]
+    assert [window for batch in fours for window in batch] == order[:12]
     assert window_batches(5, Recipe(epochs=3, model_batch=15), 1) == [order]
     with pytest.raises(SpecError, match=r"model_batch 16 is more than 3 epochs of 5 windows have"):
         window_batches(5, Recipe(epochs=3, model_batch=16), 1)
 
 
 def test_several_windows_make_one_step_with_the_sum_of_their_gradients(tiny_model: Path, windows: Tensor) -> None:
-    """Against a latent that is handed the sum; the weights do not move before the last window, and the KL is the mean."""
+    """Against a latent that is handed the sum: the weights do not move before the last window. The KL is the mean."""
     student = student_model(tiny_model, windows, bits=2, group_size=32)
     choices = {n: Choice(la.grid.nearest(la.weight(), la.scales)) for n, la in student.layers.items()}
     (batch,) = window_batches(len(windows), Recipe(epochs=1, model_batch=4), 0)

@@ -98,11 +98,26 @@ class DiscQuant:
     def options(self) -> dict[str, Any]:
         return asdict(self.recipe)
 
+    def check_processes(self, world: int) -> None:
+        """Refuse steps whose windows cannot be shared out, evenly in the second stage."""
+        if self.recipe.batch < world:
+            raise SpecError(
+                f"rounding 'discquant': {world} processes share out the windows of a step, so batch must be at least "
+                f"{world}, got {self.recipe.batch}"
+            )
+        if self.recipe.model_batch % world:
+            raise SpecError(
+                f"rounding 'discquant': {world} processes share out the windows of a step, so model_batch must be a "
+                f"multiple of {world}, got {self.recipe.model_batch}; use --set model_batch={world}"
+            )
+
     def round(self, job: Job) -> Rounded:
         """Codes and scales of every layer; bit-identical for a seed, a device and a thread count, interrupted or
         not."""
         student, recipe = job.student, self.recipe
         assert student is not None, "the pipeline builds the student that `needs` declares"
+        if student.windows < job.ranks.world:
+            raise SpecError(f"{job.ranks.world} processes need a window each, and there are {student.windows}")
         # For the progress bar, whose unit is a window of the second stage.
         steps = len(window_batches(student.windows, recipe, job.seed)) * recipe.model_batch
         before = max(1, round(SHARE_OF_A_STEP * recipe.iters * min(recipe.batch, student.windows)))
@@ -114,12 +129,12 @@ class DiscQuant:
             rows, choices = start.history, dict(start.choices)
             del start  # each layer's codes go as soon as its latent is there
             latents = {
-                name: Latent.start(layer, choices.pop(name), recipe.room, _seed(job, i))
+                name: Latent.start(layer, choices.pop(name), recipe.room, _seed(job, i), job.ranks)
                 for i, (name, layer) in enumerate(job.layers.items())
             }
         else:
             latents = {
-                name: Latent.resumed(layer, name, saved[1], _seed(job, i))
+                name: Latent.resumed(layer, name, saved[1], _seed(job, i), job.ranks)
                 for i, (name, layer) in enumerate(job.layers.items())
             }
         history = distil(model.job(), saved, latents, recipe, rows)
@@ -138,16 +153,15 @@ def distil(
     weights = {name: latent.weight for name, latent in latents.items()}
 
     def step(i: int) -> dict[str, float]:
-        share = warmup_cosine(i, len(batches), recipe.warmup)
-        kl = 0.0
-        for done, window in enumerate(batches[i], 1):
+        share, mine, kl = warmup_cosine(i, len(batches), recipe.warmup), job.ranks.mine(batches[i]), 0.0
+        for done, window in enumerate(mine, 1):
             for name, latent in latents.items():
-                latent.lr, latent.awaited = share * rates[name], len(batches[i]) - done
+                latent.lr, latent.awaited = share * rates[name], len(mine) - done
             kl += float(student.kl_backward(window, weights))  # each latent moves when its last gradient comes
-        if len(batches[i]) > 1:
+        if len(mine) > 1:
             for latent in latents.values():
                 latent.settle()
-        kl /= len(batches[i])
+        kl = job.ranks.total(kl) / len(batches[i])
         check_kl(kl, i)
         return {"kl": kl, "lr": share * max(rates.values())}
 

@@ -12,6 +12,10 @@ estimator, arXiv 1308.3432), also at both ends of the grid, where u stops. One s
 The scale of a gradient cancels in m / sqrt(v), so it is taken with respect to w_hat. No gradient is kept: the update is
 made as soon as the backward pass has that of the layer, while those of the layers below it do not exist yet. Where
 several windows make a step together, their sum is kept: 4 bytes a weight more, of all layers at once.
+
+Where several processes round one model (dq_runtime/ranks.py), each holds some rows of u, of the moments, of the scales
+and of that sum; the codes of all are gathered when the weight is built, and of a gradient each gets the rows it holds,
+summed over the processes. Random numbers are those of the whole layer, so that rows come out as in one process.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import torch
 from torch import Tensor
 
 from dq_runtime.grids import Grid, Scales
-from dq_runtime.rounding.base import Choice, LayerProblem
+from dq_runtime.ranks import ALONE, Ranks, local
+from dq_runtime.rounding.base import Choice, LayerProblem, shared, whole_choice
 from dq_runtime.rounding.byte_moments import BETA1, BETA2, ByteMoments, correction, smallest
 from dq_runtime.rounding.dither import Dither, chunks
 
@@ -41,47 +46,58 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class Latent:
-    """One layer. ``u`` int16 [N, K] as held, on fixed ``scales``; ``seed``: of its stochastic rounding."""
+    """One layer. ``u`` int16 [N, K] as held, on fixed ``scales``, both shared out among ``ranks``; ``moments`` of this
+    process's rows; ``seed``: of its stochastic rounding. Of the attributes ``u`` and ``moments`` are this process's
+    rows, all of them where it is alone."""
 
-    def __init__(self, grid: Grid, scales: Scales, u: Tensor, moments: ByteMoments, seed: int) -> None:
-        self._grid, self._seed = grid, seed
+    def __init__(
+        self, grid: Grid, scales: Scales, u: Tensor, moments: ByteMoments, seed: int, ranks: Ranks = ALONE
+    ) -> None:
+        self._grid, self._seed, self._ranks, self._shape = grid, seed, ranks, u.shape
         self.bits = grid.spec.bits
-        self.scales, self.u, self.moments = scales, u, moments
+        self.scales, self.u, self.moments = scales, local(u), moments
         self.lr = 0.0  # of the next step, in grid steps
         self.awaited = 0  # windows whose gradients come after the next one and belong to the same step
         self._sum: Tensor | None = None  # of the gradients that have come since the last step
         # Zero strides: [N, K] to autograd, 4 bytes in memory.
-        self._leaf = torch.zeros((), device=u.device).expand(u.shape).detach().requires_grad_()
+        self._leaf = torch.zeros((), device=u.device).expand(self._shape).detach().requires_grad_()
         self._leaf.register_post_accumulate_grad_hook(self._consume)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def start(cls, layer: LayerProblem, choice: Choice, room: float, seed: int) -> Latent:
+    def start(cls, layer: LayerProblem, choice: Choice, room: float, seed: int, ranks: Ranks = ALONE) -> Latent:
         """From a choice: at the original weight, but at most ``room`` grid steps from the middle of its code's cell
         (0.5: up to the edge)."""
+        choice = whole_choice(choice)
         scales = choice.scales or layer.scales
-        u = _start(layer, choice.codes, scales, room)
-        return cls(layer.grid, scales, u, ByteMoments.zeros(u.shape, u.device), seed)
+        u = ranks.share(_start(layer, choice.codes, scales, room))
+        moments = ByteMoments.zeros(local(u).shape, u.device)
+        return cls(layer.grid, shared(scales, ranks), u, moments, seed, ranks)
 
     @classmethod
-    def resumed(cls, layer: LayerProblem, name: str, tensors: Mapping[str, Tensor], seed: int) -> Latent:
-        """From what :meth:`tensors` gave."""
+    def resumed(
+        cls, layer: LayerProblem, name: str, tensors: Mapping[str, Tensor], seed: int, ranks: Ranks = ALONE
+    ) -> Latent:
+        """From what :meth:`tensors` gave, in as many processes or not."""
         device = layer.scales.scale.device
         held = {
-            key: tensors[f"{name}.{key}"].to(device)
-            for key in ("u", "m", "v", "bound", "scale", "zero")
+            key: ranks.share(tensors[f"{name}.{key}"].to(device))
+            for key in ("u", "m", "v", "scale", "zero")
             if f"{name}.{key}" in tensors
         }
-        moments = ByteMoments(held["m"], held["v"], held["bound"], int(tensors[f"{name}.steps"]))
-        return cls(layer.grid, Scales(held["scale"], held.get("zero")), held["u"], moments, seed)
+        bound = tensors[f"{name}.bound"].to(device)
+        moments = ByteMoments(local(held["m"]), local(held["v"]), bound, int(tensors[f"{name}.steps"]))
+        return cls(layer.grid, Scales(held["scale"], held.get("zero")), held["u"], moments, seed, ranks)
 
     def codes(self) -> Tensor:
-        """uint8 [N, K]."""
+        """uint8, of this process's rows."""
         high = self.u.bitwise_right_shift(16 - self.bits)
         return high.add_(1 << (self.bits - 1)).to(torch.uint8)
 
     def decoded(self) -> Tensor:
         """w_hat, float32 [N, K]."""
-        return self._grid.decode(self.codes(), self.scales)
+        choice = whole_choice(self.choice())
+        assert choice.scales is not None
+        return self._grid.decode(choice.codes, choice.scales)
 
     def weight(self) -> Tensor:
         """The same; a gradient that reaches it makes a step."""
@@ -90,11 +106,12 @@ class Latent:
 
     def choice(self) -> Choice:
         """The codes as they are now, with the scales that they are meant with."""
-        return Choice(self.codes(), self.scales)
+        return Choice(self._ranks.rows_of(self.codes(), self._shape), self.scales)
 
     def _consume(self, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
+        gradient = self._ranks.sum_rows(gradient)
         self._sum = gradient if self._sum is None else self._sum.add_(gradient)
         if not self.awaited:
             self.settle()
@@ -108,11 +125,11 @@ class Latent:
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
-        """One step with the KL's gradient to w_hat [N, K], any float dtype."""
+        """One step with the KL's gradient to this process's rows of w_hat, any float dtype."""
         shape, device, moments = self.u.shape, self.u.device, self.moments
         steps = moments.steps + 1  # of this layer: an expert makes one only where a token reached it
-        dither = Dither(shape, 3, self._seed * 1_000_003 + steps, device)
-        bound = BETA2 * moments.bound + (1 - BETA2) * gradient.abs().max().float().square()
+        dither = Dither(self._shape, 3, self._seed * 1_000_003 + steps, device, self._ranks.begin(self._shape[0]))
+        bound = BETA2 * moments.bound + (1 - BETA2) * self._largest(gradient).square()
         least = smallest(bound)
         rate = self.lr * 2 ** (16 - self.bits)  # in units of u's last bit
         for rows in chunks(shape, device):
@@ -125,9 +142,15 @@ class Latent:
             self.u[rows] = moved.floor_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
         moments.bound, moments.steps = bound, steps
 
+    def _largest(self, gradient: Tensor) -> Tensor:
+        """Of the whole layer, float32 []."""
+        largest = gradient.abs().max().float() if gradient.numel() else torch.zeros((), device=gradient.device)
+        return self._ranks.largest(largest)
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Everything that a resumed run needs, named after the layer."""
-        tensors = {f"{name}.u": self.u, f"{name}.m": self.moments.m, f"{name}.v": self.moments.v}
+        held = {"u": self.u, "m": self.moments.m, "v": self.moments.v}
+        tensors = {f"{name}.{key}": self._ranks.rows_of(rows, self._shape) for key, rows in held.items()}
         tensors |= {f"{name}.bound": self.moments.bound, f"{name}.steps": torch.tensor(self.moments.steps)}
         tensors[f"{name}.scale"] = self.scales.scale
         return tensors if self.scales.zero is None else tensors | {f"{name}.zero": self.scales.zero}

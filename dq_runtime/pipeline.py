@@ -51,7 +51,7 @@ from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Rounding
 from dq_runtime.rounding.base import choices_from_tensors, choices_to_tensors
 from dq_runtime.runtime.dense import licence_of, load_dense
 from dq_runtime.runtime.load import load
-from dq_runtime.runtime.save import write_model
+from dq_runtime.runtime.save import dense_tensors, write_model
 from dq_runtime.runtime.self_text import sample_windows
 from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import QuantSpec
@@ -220,17 +220,19 @@ def _run(
     transposed = any(is_conv1d(modules[name]) for name in grids)
     del modules, basis
     student = StudentModel(lm.model, layers, train.tokens, request.dtype)
+    result = None if method == "nearest" else _resumable(student, request, state, listener)
     began = time.monotonic()
     nearest = _pack(
         student, ROUNDINGS.get("nearest")({}).round(_job(student, request, state, Silent().stage(""))).choices
     )
     rounded, history, rounding_seconds = nearest, list[dict[str, float]](), time.monotonic() - began
-    if method != "nearest":
-        result = _resumable(student, request, state, listener)
+    if result is not None:
         rounded, history, rounding_seconds = _pack(student, result.choices), result.history, state.seconds()
 
     with one_directory(output, request.overwrite, ranks) as directory:
-        ranks.once(write_model, directory, lm, rounded, grids, transposed, getattr(torch, spec.grid.scale_dtype))
+        dtype, dense = getattr(torch, spec.grid.scale_dtype), dense_tensors(lm.model, rounded)
+        ranks.once(write_model, directory, lm, rounded, grids, transposed, dtype, dense)
+        del dense
         results = _evaluate(student, nearest, request, directory, held, listener.stage("Evaluating"))
         rows = layer_rows(layers, rounded, nearest)
         report: Report = {

@@ -191,7 +191,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, gathered where they are shared out; every process must ask at the same time."""
+    """All rows, gathered where they are shared out; every process must ask at the same time. Of any dtype but int16,
+    which gloo does not know."""
     rows: Tensor = tensor.full_tensor() if is_shared(tensor) else tensor  # type: ignore[attr-defined]
     return rows
 

@@ -1,4 +1,9 @@
-"""Put StudentLinears in place of a model's linears, one at a time, so that W is never held twice."""
+"""Put StudentLinears in place of a model's linears, one at a time, so that W is never held twice.
+
+Of several processes each keeps its rows of them (dq_runtime/ranks.py), and FSDP2 (``fully_shard``) shares out the two
+large weights that stay dense, embedding and head, unless they are one. Norms and biases are small, and whole in every
+process: blocks are run by themselves in the first stage, where a root of FSDP2 would not gather them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ def student_layers(
     show: Callable[[int, int], object],
 ) -> dict[str, StudentLinear]:
     """The layers of ``grids`` by name, in ``model`` and on ``device``, as is the rest of it afterwards; of ``modules``
-    the weights are dropped. Of several processes each keeps its rows of a layer as soon as its grid is fitted."""
+    the weights are dropped. Several processes share a layer out as soon as its grid is fitted."""
     layers = {}
     for i, (name, grid) in enumerate(grids.items(), 1):
         module = modules[name]
@@ -38,7 +43,19 @@ def student_layers(
         module.weight = None
         show(i, len(grids))
     model.to(device)
+    share_dense(model, ranks)
     return layers
+
+
+def share_dense(model: Any, ranks: Ranks) -> None:
+    """Embedding and head by FSDP2: gathered for their own pass, in which they are called as modules."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if ranks.mesh is None or not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (embedding, head):
+        fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True)
 
 
 def check_every_token_everywhere(student: StudentModel) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_tiny_model
 from processes import together
+from students import student_linear
 
 import dq_runtime
 from dq_runtime import pipeline
@@ -26,7 +28,9 @@ from dq_runtime.modules.student import StudentModel
 from dq_runtime.packing.checkpoint import open_checkpoint
 from dq_runtime.ranks import ALONE, Ranks, join, local, whole
 from dq_runtime.rounding import discquant
+from dq_runtime.rounding.base import Choice, whole_choice
 from dq_runtime.rounding.dither import Dither
+from dq_runtime.rounding.latent import Latent
 from dq_runtime.spec import GridSpec, QuantSpec, RoundingSpec, Target
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +59,8 @@ def _watched(model: Path, text: Path, output: Path, *rest: Any) -> tuple[Any, di
         seen["state"] = sum(tensor.nbytes for tensors in held for tensor in tensors)
         stored = [tensor for layer in job.layers.values() for tensor in layer.buffers()]
         seen["original"] = sum(local(tensor).nbytes for tensor in stored)
+        ends = (job.student.model.get_input_embeddings(), job.student.model.get_output_embeddings())
+        seen["dense"] = sum(local(module.weight).nbytes for module in ends)
         return distil(job, saved, latents, recipe, before)
 
     def count(self: StudentModel, window: int, weights: Any = None) -> Any:
@@ -72,20 +78,26 @@ def _codes(output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def both(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_model`` with a head of its own, as large models have."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "untied", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def both(untied_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The output of two processes, and what each saw."""
     output = tmp_path_factory.mktemp("both") / "out"
-    return output, together(2, _watched, tiny_model, tiny_text, output)
+    return output, together(2, _watched, untied_model, tiny_text, output)
 
 
 def test_two_processes_choose_the_codes_that_one_does(
-    tiny_model: Path, tiny_text: Path, tmp_path: Path, both: tuple[Path, list[Any]]
+    untied_model: Path, tiny_text: Path, tmp_path: Path, both: tuple[Path, list[Any]]
 ) -> None:
     """Two numbers have one sum in either order, so that the second stage is the same bit for bit; in the first stage a
     block's gradient is a sum over tokens in another order, which turns the sign of a gradient that is almost 0 and so
     moves a weight by 1/iters: a code of a few weights."""
     output, ((made, first), (same, second)) = both
-    alone, seen = _watched(tiny_model, tiny_text, tmp_path / "alone")
+    alone, seen = _watched(untied_model, tiny_text, tmp_path / "alone")
     ours, theirs = _codes(tmp_path / "alone"), _codes(output)
     differ = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
     assert differ <= 1e-3 * sum(codes.numel() for codes in ours.values())
@@ -103,6 +115,7 @@ def test_two_processes_choose_the_codes_that_one_does(
     assert seen["state"] == 4 * weights
     assert first["state"] == second["state"] == 2 * weights
     assert first["original"] == second["original"] == seen["original"] / 2
+    assert first["dense"] == second["dense"] == seen["dense"] / 2
 
 
 def _children(pid: int) -> list[int]:
@@ -117,13 +130,13 @@ def _children(pid: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def after_a_kill(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def after_a_kill(untied_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with what torchrun's two processes left when one of them was killed in the second stage."""
     directory = tmp_path_factory.mktemp("killed")
     options = {"windows": 6, "window-length": 32, "held-out-windows": 2, "compute-dtype": "float32", "device": "cpu"}
     options |= {"bits": 3, "group-size": 32, "calibration": tiny_text, "checkpoint-every": 0}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "dq_runtime", "quantize", tiny_model, "-o", directory / "out"]
+    command += ["-m", "dq_runtime", "quantize", untied_model, "-o", directory / "out"]
     command += [text for name, value in options.items() for text in (f"--{name}", value)]
     command += [text for name, value in OPTIONS.items() for text in ("--set", f"{name}={value}")]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -155,14 +168,14 @@ def _resumed(model: Path, text: Path, output: Path) -> Any:
 
 @pytest.mark.parametrize("world", [2, 1])
 def test_after_a_kill_they_continue_and_another_number_of_them_does(
-    tiny_model: Path, tiny_text: Path, tmp_path: Path, both: tuple[Path, list[Any]], after_a_kill: Path, world: int
+    untied_model: Path, tiny_text: Path, tmp_path: Path, both: tuple[Path, list[Any]], after_a_kill: Path, world: int
 ) -> None:
     """Bit for bit, with one process too, because two numbers have one sum. A write that was cut off does not count."""
     shutil.copytree(after_a_kill / "out.partial", tmp_path / "out.partial")
     number = json.loads((tmp_path / "out.partial" / "state.json").read_text())["number"]
     (tmp_path / "out.partial" / f"state-{number + 1}").mkdir()
     (tmp_path / "out.partial" / f"state-{number + 1}" / "__0_0.distcp").write_bytes(b"half")
-    reports = together(world, _resumed, tiny_model, tiny_text, tmp_path / "out")
+    reports = together(world, _resumed, untied_model, tiny_text, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (both[0] / weights).read_bytes()
@@ -170,11 +183,11 @@ def test_after_a_kill_they_continue_and_another_number_of_them_does(
 
 
 def test_one_process_without_torchrun_says_who_can_continue(
-    tiny_model: Path, tiny_text: Path, tmp_path: Path, after_a_kill: Path
+    untied_model: Path, tiny_text: Path, tmp_path: Path, after_a_kill: Path
 ) -> None:
     shutil.copytree(after_a_kill / "out.partial", tmp_path / "out.partial")
     with pytest.raises(SpecError, match=r"was made under torchrun; continue it there \(torchrun --nproc-per-node 1"):
-        _resumed(tiny_model, tiny_text, tmp_path / "out")
+        _resumed(untied_model, tiny_text, tmp_path / "out")
 
 
 def _interrupted(model: Path, text: Path, output: Path) -> str:
@@ -198,13 +211,13 @@ def _interrupted(model: Path, text: Path, output: Path) -> str:
 
 
 def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(
-    tiny_model: Path, tiny_text: Path, tmp_path: Path, both: tuple[Path, list[Any]]
+    untied_model: Path, tiny_text: Path, tmp_path: Path, both: tuple[Path, list[Any]]
 ) -> None:
-    first, second = together(2, _interrupted, tiny_model, tiny_text, tmp_path / "out")
+    first, second = together(2, _interrupted, untied_model, tiny_text, tmp_path / "out")
     assert first == second
     assert "--resume" in first
     assert json.loads((tmp_path / "out.partial" / "state.json").read_text())["step"] == 3
-    together(2, _resumed, tiny_model, tiny_text, tmp_path / "out")
+    together(2, _resumed, untied_model, tiny_text, tmp_path / "out")
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (both[0] / weights).read_bytes()
 
@@ -228,8 +241,8 @@ def _refused(model: Path, text: Path, output: Path) -> list[str]:
     return said
 
 
-def test_what_they_cannot_do_is_one_sentence(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    first, second = together(2, _refused, tiny_model, tiny_text, tmp_path / "out")
+def test_what_they_cannot_do_is_one_sentence(untied_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    first, second = together(2, _refused, untied_model, tiny_text, tmp_path / "out")
     assert first == second
     expected = [
         "rounding 'gptq' runs in one process: leave torchrun away (of all methods discquant",
@@ -297,6 +310,40 @@ def _collectives() -> dict[str, Any]:
 
 def test_collectives_on_ragged_rows() -> None:
     assert together(3, _collectives) == [{"done": [1]}, {"done": []}, {"done": []}]
+
+
+def _latents() -> list[int]:
+    """A layer of three processes against one of this alone: gradients are whole numbers, whose sums are exact. Each
+    process has two windows a step. Returns the rows it held."""
+    ranks, _ = join("cpu")
+    held = []
+    for n in (2, 7):  # the last process has no row of two
+        numbers = torch.Generator().manual_seed(n)
+        layer = student_linear(torch.randn(n, 32, generator=numbers), bits=3, group_size=16, symmetric=False)
+        choice = Choice(layer.grid.nearest(layer.weight(), layer.scales))
+        alone, shared = Latent.start(layer, choice, 0.45, 5), Latent.start(layer, choice, 0.45, 5, ranks)
+        held.append(len(shared.u))
+        for step in range(4):
+            if step == 2:
+                shared = Latent.resumed(layer, "layer", shared.tensors("layer"), 5, ranks)
+                alone = Latent.resumed(layer, "layer", alone.tensors("layer"), 5)
+            gradients = torch.randint(-50, 50, (6, n, 32), generator=numbers).float()
+            alone.lr = shared.lr = 0.2
+            alone.step(gradients.sum(0))
+            for window in range(2):
+                shared.awaited = 1 - window
+                (gradients[ranks.rank + 3 * window] * shared.weight()).sum().backward()
+        rows = shared.tensors("layer")
+        for name, tensor in alone.tensors("layer").items():
+            assert torch.equal(local(rows[name]), local(ranks.share(tensor)) if tensor.dim() else tensor), name
+        assert torch.equal(shared.decoded(), alone.decoded())
+        assert torch.equal(whole_choice(shared.choice()).codes, alone.codes())
+        assert not torch.equal(alone.codes(), choice.codes)
+    return held
+
+
+def test_the_rows_of_a_latent_move_as_in_one_process() -> None:
+    assert together(3, _latents) == [[1, 3], [1, 3], [0, 1]]
 
 
 def test_alone_nothing_is_shared_out() -> None:

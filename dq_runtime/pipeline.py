@@ -25,28 +25,36 @@ from dq_runtime.environment import device_name, flushed_denormals, peak_memory, 
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.evaluate.figures import layer_rows, sizes
 from dq_runtime.evaluate.metrics import Quality, compare
-from dq_runtime.evaluate.report import Report, held_out_section, model_card, write_report
-from dq_runtime.grids import GRIDS
+from dq_runtime.evaluate.report import Report, describe, held_out_section, write_report
 from dq_runtime.interrupt import interruptible
 from dq_runtime.modules.basis_change import BasisChange
 from dq_runtime.modules.blocks import ModelBlocks
 from dq_runtime.modules.fisher import kronecker_fisher
 from dq_runtime.modules.student import StudentModel, loop_dtype_of
-from dq_runtime.modules.student_linear import Mode, StudentLinear
-from dq_runtime.modules.surgery import bias_of, is_conv1d, linears, replace_module, weight_of
+from dq_runtime.modules.student_layers import check_every_token_everywhere, student_layers
+from dq_runtime.modules.student_linear import Mode
+from dq_runtime.modules.surgery import is_conv1d, linears
 from dq_runtime.packing import PackedWeight
-from dq_runtime.packing.atomic import new_directory
-from dq_runtime.packing.checkpoint import write_sums
 from dq_runtime.packing.run_state import RunState
-from dq_runtime.preflight import check_disk, check_grid, check_output, check_weights, fingerprint, plan
+from dq_runtime.packing.shared_state import one_directory, state_of
+from dq_runtime.preflight import (
+    check_disk,
+    check_grid,
+    check_output,
+    check_processes,
+    check_weights,
+    fingerprint,
+    plan,
+)
+from dq_runtime.ranks import Ranks, join
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Rounding
 from dq_runtime.rounding.base import choices_from_tensors, choices_to_tensors
 from dq_runtime.runtime.dense import licence_of, load_dense
 from dq_runtime.runtime.load import load
-from dq_runtime.runtime.save import write_model
+from dq_runtime.runtime.save import dense_tensors, write_model
 from dq_runtime.runtime.self_text import sample_windows
 from dq_runtime.runtime.transformers_model import TransformersModel
-from dq_runtime.spec import GridSpec, QuantSpec
+from dq_runtime.spec import QuantSpec
 from dq_runtime.transforms import TRANSFORMS, Transform
 from dq_runtime.transforms import Needs as TransformNeeds
 
@@ -85,6 +93,7 @@ class Request:
     dtype: torch.dtype  # of the rounding loop
     device: str
     overwrite: bool
+    ranks: Ranks
 
     @property
     def full_spec(self) -> dict[str, Any]:
@@ -126,7 +135,6 @@ def quantize(
     input raises :class:`DQError`.
     """
     started = time.monotonic()
-    listener = listener or Silent()
     spec = spec or QuantSpec()
     least = {"windows": (windows, 1), "held_out_windows": (held_out_windows, 1), "window_length": (window_length, 2)}
     for name, (value, minimum) in least.items():
@@ -137,7 +145,8 @@ def quantize(
     transform: Transform = TRANSFORMS.get(spec.transform)(spec.transform_options)
     needs_text = rounding.needs != Needs.WEIGHTS or TransformNeeds.OBJECTIVE in transform.needs or bool(spec.target)
     check_grid(spec, rounding)
-    device = resolve_device(device)
+    ranks, device = join(resolve_device(device))
+    check_processes(spec, rounding, transform, ranks)
     request = Request(
         model=model,
         output=Path(output),
@@ -150,8 +159,10 @@ def quantize(
         dtype=loop_dtype_of(compute_dtype, torch.device(device)),
         device=device,
         overwrite=overwrite,
+        ranks=ranks,
     )
-    state = RunState(request.output, checkpoint_every)
+    listener = listener if listener and ranks.first else Silent()
+    state = state_of(request.output, checkpoint_every, ranks)
     state.open(resume)
     texts = read_texts(calibration, held_out, spec.seed)
     try:
@@ -162,7 +173,7 @@ def quantize(
         raise
     state.clear()
     if report_directory is not None:
-        write_report(report, Path(report_directory))
+        ranks.once(write_report, report, Path(report_directory))
     return report
 
 
@@ -174,10 +185,10 @@ def _run(
     started: float,
 ) -> Report:
     """The straight line itself."""
-    spec, method, output = request.spec, request.spec.rounding.name, request.output
+    spec, method, output, ranks = request.spec, request.spec.rounding.name, request.output, request.ranks
     show = listener.stage("Loading")
     show(0, 1)
-    lm = load_dense(request.model, request.device)
+    lm = load_dense(request.model, request.device if ranks.mesh is None else "cpu")  # no GPU may have room for all
     show(1, 1)
     if lm.context_length is not None and request.length > lm.context_length:
         raise SpecError(f"window_length {request.length} exceeds the model's context of {lm.context_length}")
@@ -205,21 +216,23 @@ def _run(
         allocation = _allocate(lm, modules, planner, train.tokens, state, listener)
         request = replace(request, spec=allocation.spec)
         spec, grids = request.spec, plan(modules, request.spec)
-    layers = _students(lm, modules, grids, spec, listener)
+    layers = student_layers(lm.model, modules, grids, request.device, ranks, listener.stage("Fitting grids"))
     transposed = any(is_conv1d(modules[name]) for name in grids)
     del modules, basis
     student = StudentModel(lm.model, layers, train.tokens, request.dtype)
+    result = None if method == "nearest" else _resumable(student, request, state, listener)
     began = time.monotonic()
     nearest = _pack(
         student, ROUNDINGS.get("nearest")({}).round(_job(student, request, state, Silent().stage(""))).choices
     )
     rounded, history, rounding_seconds = nearest, list[dict[str, float]](), time.monotonic() - began
-    if method != "nearest":
-        result = _resumable(student, request, state, listener)
+    if result is not None:
         rounded, history, rounding_seconds = _pack(student, result.choices), result.history, state.seconds()
 
-    with new_directory(output, request.overwrite) as directory:
-        write_model(directory, lm, rounded, grids, transposed, getattr(torch, spec.grid.scale_dtype))
+    with one_directory(output, request.overwrite, ranks) as directory:
+        dtype, dense = getattr(torch, spec.grid.scale_dtype), dense_tensors(lm.model, rounded)
+        ranks.once(write_model, directory, lm, rounded, grids, transposed, dtype, dense)
+        del dense
         results = _evaluate(student, nearest, request, directory, held, listener.stage("Evaluating"))
         rows = layer_rows(layers, rounded, nearest)
         report: Report = {
@@ -247,15 +260,14 @@ def _run(
             "compute_dtype": str(request.dtype).removeprefix("torch."),
             "device": device_name(request.device),
             "threads": torch.get_num_threads(),
+            "processes": ranks.world,
             "versions": versions(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": shlex.join(sys.argv),
             "history": history,
             "layers": rows,
         }
-        write_report(report, directory)
-        (directory / "README.md").write_text(model_card(report, licence_of(request.model)), encoding="utf-8")
-        write_sums(directory)
+        ranks.once(describe, report, directory, licence_of(request.model))
     return report
 
 
@@ -301,24 +313,8 @@ def _allocate(
         return allocate(lm.model, modules, planner, windows, state, listener.stage("Measuring sensitivity"))
 
 
-def _students(
-    lm: TransformersModel, modules: dict[str, Any], grids: Mapping[str, GridSpec], spec: QuantSpec, listener: Listener
-) -> dict[str, StudentLinear]:
-    """Replace each linear by its StudentLinear, one at a time, so that W is never held twice."""
-    show = listener.stage("Fitting grids")
-    layers = {}
-    for i, (name, grid) in enumerate(grids.items(), 1):
-        module = modules[name]
-        built = GRIDS.get(grid.name)(grid)
-        layers[name] = StudentLinear(weight_of(module), bias_of(module), built)
-        replace_module(lm.model, name, layers[name])
-        module.weight = None
-        show(i, len(grids))
-    return layers
-
-
 def _job(student: StudentModel, request: Request, state: RunState, show: Stage) -> Job:
-    return Job(student.layers, None, request.spec.seed, state, show)
+    return Job(student.layers, None, request.spec.seed, state, show, ranks=request.ranks)
 
 
 def _pack(student: StudentModel, choices: Mapping[str, Choice]) -> dict[str, PackedWeight]:
@@ -331,6 +327,8 @@ def _resumable(student: StudentModel, request: Request, state: RunState, listene
     if finished is not None:
         tensors, history = finished
         return Rounded(choices_from_tensors(tensors), history)
+    if request.ranks.world > 1:
+        check_every_token_everywhere(student)
     needs = request.rounding.needs
     job = _job(student, request, state, listener.stage(request.spec.rounding.name))
     if Needs.STUDENT in needs:

@@ -15,9 +15,12 @@ from dq_runtime.errors import DQError, SpecError
 from dq_runtime.grids import GRIDS
 from dq_runtime.levels import INT
 from dq_runtime.modules.surgery import weight_of
+from dq_runtime.ranks import Ranks
 from dq_runtime.rounding import ROUNDINGS, Rounding
 from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec, QuantSpec
+from dq_runtime.transforms import Needs as TransformNeeds
+from dq_runtime.transforms import Transform
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -28,6 +31,26 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise SpecError(f"{output} exists; choose another output directory or add --overwrite")
     if not (output / "config.json").exists():
         raise SpecError(f"{output} exists and is not a checkpoint; it will not be overwritten")
+
+
+def check_processes(spec: QuantSpec, rounding: Rounding, transform: Transform, ranks: Ranks) -> None:
+    """:class:`SpecError` for what several processes cannot do together."""
+    if ranks.mesh is None:
+        return
+    check = getattr(rounding, "check_processes", None)
+    if check is None:
+        able = ", ".join(name for name in ROUNDINGS if hasattr(ROUNDINGS.get(name), "check_processes"))
+        raise SpecError(
+            f"rounding {spec.rounding.name!r} runs in one process: leave torchrun away (of all methods {able} knows "
+            "how to share its work)"
+        )
+    if spec.target is not None:
+        raise SpecError(
+            "bits per layer are measured in one process: leave torchrun away, or give --override what a run chose"
+        )
+    if TransformNeeds.OBJECTIVE in transform.needs:
+        raise SpecError(f"transform {spec.transform!r} learns in one process: leave torchrun away, or use hadamard")
+    check(ranks.world)
 
 
 def check_weights(model: Any) -> None:

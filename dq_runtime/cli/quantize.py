@@ -105,6 +105,7 @@ def quantize(
     from dq_runtime.evaluate.report import table
     from dq_runtime.pipeline import Silent
     from dq_runtime.pipeline import quantize as run
+    from dq_runtime.ranks import is_first_process
     from dq_runtime.spec import PER_ROW, GridSpec, Override, QuantSpec, RoundingSpec, Target
 
     options, transform_options = (
@@ -145,6 +146,8 @@ def quantize(
             report_directory=report,
             listener=Silent() if as_json else bars,
         )
+    if not is_first_process():
+        return
     if as_json:
         print(json.dumps(result))
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_runtime.evaluate.metrics import Quality
+from dq_runtime.packing.checkpoint import write_sums
 
 Report = dict[str, Any]
 
@@ -54,6 +55,13 @@ def write_report(report: Report, directory: Path) -> None:
     png = _plot(report)
     (directory / "report.png").write_bytes(png)
     (directory / "report.html").write_text(_html(report, png), encoding="utf-8")
+
+
+def describe(report: Report, directory: Path, licence: str | None) -> None:
+    """The report, the model card and SHA256SUMS into a checkpoint ``directory`` that has all else."""
+    write_report(report, directory)
+    (directory / "README.md").write_text(model_card(report, licence), encoding="utf-8")
+    write_sums(directory)
 
 
 def _plot(report: Report) -> bytes:

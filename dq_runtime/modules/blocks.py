@@ -22,7 +22,7 @@ from dq_runtime.errors import DQError
 from dq_runtime.modules.block_trace import Call, Trace, Watch, block_list, inputs_of, run_until
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import Mode, StudentLinear
-from dq_runtime.rounding.base import Block, Choice, Gram, Weights, fixed
+from dq_runtime.rounding.base import Block, Choice, Gram, Weights, fixed, whole_choice
 
 
 class ModelBlocks:
@@ -104,7 +104,12 @@ class _Streams(ABC):
         layer, choice = self.layers[name], self._chosen.get(name)
         if choice is None:
             return layer.weight
-        return lambda: layer.grid.decode(choice.codes.to(layer.scale.device), choice.scales or layer.scales)
+
+        def weight() -> Tensor:
+            chosen = whole_choice(choice)
+            return layer.grid.decode(chosen.codes.to(layer.scale.device), chosen.scales or layer.scales)
+
+        return weight
 
     def _with(self, weights: Weights, run: Callable[[], Tensor]) -> Tensor:
         """``run()`` with these weights in place, float32."""

@@ -19,6 +19,7 @@ from dq_runtime.modules.step_graph import StepGraph
 from dq_runtime.modules.student_linear import Mode, StudentLinear
 from dq_runtime.modules.teacher_outputs import TeacherOutputs
 from dq_runtime.packing import PackedWeight
+from dq_runtime.ranks import is_shared
 from dq_runtime.rounding.base import Weights
 
 # Steps before a CUDA graph is recorded: the first compiles kernels, the second finds every library warm.
@@ -92,10 +93,11 @@ class StudentModel:
 
     def kl_of(self, window: int, weights: Weights) -> Tensor:
         """The same of one of the calibration windows and of a student on ``weights``; differentiable in what those
-        depend on. The teacher runs on a window once."""
+        depend on. The teacher runs on a window once; in every step where several processes share the layers out, which
+        then gather them together, whatever window each is at."""
         tokens = self.tokens[window]
         if self._teacher is None:
-            self._teacher = TeacherOutputs(self.model)
+            self._teacher = TeacherOutputs(self.model, any(is_shared(layer.scale) for layer in self.layers.values()))
         self.set_mode(Mode.TEACHER)
         with torch.no_grad(), self._fused(), self.autocast():
             teacher = self._teacher.logits(window, lambda: self.logits(tokens))
@@ -170,7 +172,9 @@ class StudentModel:
         """Cast the weight of an unquantized lm_head once, which autocast would do twice a step (40 of 3000 ms in
         SmolLM2, whose head is 49152 x 576); the embedding that it may be tied to stays as it is."""
         head = self.model.get_output_embeddings()
-        if self.compute_dtype is torch.bfloat16 and isinstance(head, nn.Linear) and head.weight.dtype is torch.float32:
+        if not isinstance(head, nn.Linear) or is_shared(head.weight):  # FSDP2 gathers it anew for every pass
+            return
+        if self.compute_dtype is torch.bfloat16 and head.weight.dtype is torch.float32:
             self._wide_head = head.weight
             head.weight = nn.Parameter(head.weight.bfloat16(), requires_grad=False)
 

@@ -15,6 +15,9 @@ Shapes: N = out_features, K = in_features, G = K / group_size; x, y, lo, free ar
 Compact is how layers are held where the training ops want it (on a GPU with Triton): lo as bitstream, y float16 (within
 2^-12 of a grid step of the original: 1/1000 of the rounding error that is being spread), free as bits, and the
 activations in the dtype of the matmuls. In half, only on request, see ``backends.training.half_state``.
+
+Of several processes that round one model each holds some rows of lo, y, free and the scales (dq_runtime/ranks.py), and
+gathers the rest when it is asked for: all must ask for the same. There is no x then.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from dq_runtime.modules.ops import qmm
 from dq_runtime.modules.rebuilt import rebuilt_mm
 from dq_runtime.modules.training_ops import lerp_mm
 from dq_runtime.packing import PackedWeight, pack_codes
-from dq_runtime.rounding.base import AdamStep, Choice, Moments
+from dq_runtime.ranks import Ranks, whole
+from dq_runtime.rounding.base import AdamStep, Choice, Moments, whole_choice, whole_scales
 
 
 class Mode(Enum):
@@ -84,15 +88,21 @@ class StudentLinear(nn.Module):
         self.candidate: Callable[[], Tensor] | None = None  # any weight [N, K], built when needed
         self.observer: Callable[[Tensor], object] | None = None  # sees the inputs [..., K]
 
+    def share(self, ranks: Ranks) -> None:
+        """Keep the rows of this process of all that is stored."""
+        for name in ("_lo", "_y", "_free", "scale", "zero"):
+            if getattr(self, name) is not None:
+                setattr(self, name, ranks.share(getattr(self, name)))
+
     @property
     def scales(self) -> Scales:
-        return Scales(self.scale, self.zero)
+        return whole_scales(Scales(self.scale, self.zero))
 
     @property
     def lerp(self) -> Lerp:
         """What teacher and student have in common, as the training ops take it."""
-        form = self.grid.decode_form.name
-        return Lerp(self._lo, self.scale, self.zero, self.grid.spec.bits, self.in_features, form)
+        form, scales = self.grid.decode_form.name, self.scales
+        return Lerp(whole(self._lo), scales.scale, scales.zero, self.grid.spec.bits, self.in_features, form)
 
     @property
     def lo(self) -> Tensor:
@@ -102,12 +112,13 @@ class StudentLinear(nn.Module):
     @property
     def y(self) -> Tensor:
         """Where the original weight lies above lo, float32 [N, K]."""
-        return self._y.float()
+        return whole(self._y).float()
 
     @property
     def free(self) -> Tensor:
         """Whether the two neighbours differ, bool [N, K]."""
-        return training.unpack_flags(self._free, self._y.shape) if self.compact else self._free
+        free = whole(self._free)
+        return training.unpack_flags(free, self._y.shape) if self.compact else free
 
     def begin_relaxation(self) -> None:
         """Allocate x (zeros); methods that do not need the student never pay for it."""
@@ -121,7 +132,7 @@ class StudentLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The original weight, float32 [N, K], rebuilt from what is stored."""
-        return lerp_weight(self.lerp, self._y, torch.float32)
+        return lerp_weight(self.lerp, whole(self._y), torch.float32)
 
     def moments(self) -> Moments:
         """Zeros of x's shape: float32, or bfloat16 where the state is held in half."""
@@ -149,7 +160,7 @@ class StudentLinear(nn.Module):
 
     def pack(self, choice: Choice) -> PackedWeight:
         """The checkpoint form of a choice: its codes, with its scales or the layer's own."""
-        device, bits = self.scale.device, self.grid.spec.bits
+        device, bits, choice = self.scale.device, self.grid.spec.bits, whole_choice(choice)
         scales = choice.scales or self.scales
         zero = None if scales.zero is None else scales.zero.to(device)
         packed = dispatch.pack(choice.codes.to(device), bits)
@@ -172,7 +183,7 @@ class StudentLinear(nn.Module):
         else:
             flat = inputs.reshape(-1, self.in_features).to(self.compute_dtype)
             dtype = self.compute_dtype if self.compact else dtype
-            x = self.x if self.mode is Mode.RELAXED else self._y
+            x = self.x if self.mode is Mode.RELAXED else whole(self._y)
             y = lerp_mm(flat, x, self.lerp, torch.bfloat16 if self.half_state else torch.float32)
             y = y.view(*inputs.shape[:-1], self.out_features)
         y = y.to(dtype)

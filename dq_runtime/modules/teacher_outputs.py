@@ -15,21 +15,22 @@ from torch import Tensor
 
 
 class TeacherOutputs:
-    """Of one causal LM, which must be the original one whenever :meth:`logits` is called."""
+    """Of one causal LM, which must be the original one whenever :meth:`logits` is called; ``always``: run it each
+    time."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, always: bool = False) -> None:
         self._head = model.get_output_embeddings()
         self._kept: dict[int, Tensor] = {}
         self._device = torch.device("cpu")  # of the head
-        # Whether the head's output is the model's: not where it is scaled or capped after it (Granite, Gemma 2).
-        self._head_is_last = self._head is not None
+        # Whether the head alone will do: not where its output is scaled or capped after it (Granite, Gemma 2).
+        self._head_will_do = self._head is not None and not always
 
     def logits(self, window: int, run: Callable[[], Tensor]) -> Tensor:
         """[T, V] of a window, given what runs the whole model on it; the caller may write over them."""
         kept = self._kept.get(window)
         if kept is not None:
             return self._of(kept)
-        if not self._head_is_last:
+        if not self._head_will_do:
             return run()
         given: list[Tensor] = []
         hook = self._head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
@@ -39,8 +40,8 @@ class TeacherOutputs:
             hook.remove()
         if not self._kept and len(given) == 1:
             self._device = given[0].device
-            self._head_is_last = torch.equal(self._of(given[0]), logits)
-        if self._head_is_last and len(given) == 1:
+            self._head_will_do = torch.equal(self._of(given[0]), logits)
+        if self._head_will_do and len(given) == 1:
             self._kept[window] = given[0].cpu()
         return logits
 

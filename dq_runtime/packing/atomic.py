@@ -51,6 +51,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         raise OSError(None, str(e)) from e
 
 
+# The process that writes the output of several (shared_state.py): they may read it before it is finished.
+TOGETHER: set[int] = set()
+
+
 def unfinished_by(path: Path) -> int | None:
     """The number of the process that is (or was, if it was killed) writing this directory of :func:`new_directory`."""
     found = re.fullmatch(r"\..+\.tmp-(\d+)", path.resolve().name)

@@ -123,11 +123,19 @@ class RunState:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
         _save(self.directory / "state.safetensors", tensors, {"step": step, "extra": dict(extra)})
+        self.saved_now()
+
+    def saved_now(self) -> None:
+        """The next state is due ``every`` seconds from now."""
         self._last = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         saved = _load(self.directory / "state.safetensors")
         if saved is None:
+            if (self.directory / "state.json").exists():
+                raise SpecError(
+                    f"{self.directory} was made under torchrun; continue it there (torchrun --nproc-per-node 1 will do)"
+                )
             return None
         tensors, header = saved
         return header["step"], tensors, header["extra"]
@@ -140,7 +148,8 @@ class RunState:
 
     def discard_unless_resumable(self) -> None:
         """After a failure: keep what an earlier try left, and of this one what would save a resumed run work."""
-        worth = ("basis.safetensors", "sensitivity.json", "state.safetensors", "choices.safetensors")
+        worth = ["basis.safetensors", "sensitivity.json", "state.safetensors", "choices.safetensors"]
+        worth += ["state.json", "choices.json"]  # of several processes, see shared_state.py
         if not self._found and not any((self.directory / f).exists() for f in worth):
             self.clear()
 

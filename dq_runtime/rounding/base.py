@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dq_runtime import spec
 from dq_runtime.grids import Grid, Scales
+from dq_runtime.ranks import ALONE, Ranks, is_shared, whole
 
 
 class Needs(Flag):
@@ -44,10 +45,35 @@ class LayerProblem(Protocol):
 @dataclass(frozen=True)
 class Choice:
     """What a method decided for one layer: uint8 ``codes`` [N, K], and the ``scales`` they are meant with where the
-    method moved those (None: the layer's own). Scales are in the serving dtype already."""
+    method moved those (None: the layer's own). Scales are in the serving dtype already. Where several processes round
+    one model, all are shared out among them by rows (:func:`shared_choice`)."""
 
     codes: Tensor
     scales: Scales | None = None
+
+
+def shared(scales: Scales, ranks: Ranks) -> Scales:
+    """The rows of this process."""
+    if ranks.mesh is None:
+        return scales
+    return Scales(ranks.share(scales.scale), None if scales.zero is None else ranks.share(scales.zero))
+
+
+def shared_choice(choice: Choice, ranks: Ranks) -> Choice:
+    """The rows of this process, of a choice that all have."""
+    return Choice(ranks.share(choice.codes), None if choice.scales is None else shared(choice.scales, ranks))
+
+
+def whole_scales(scales: Scales) -> Scales:
+    """All rows, gathered."""
+    if not is_shared(scales.scale):
+        return scales
+    return Scales(whole(scales.scale), None if scales.zero is None else whole(scales.zero))
+
+
+def whole_choice(choice: Choice) -> Choice:
+    """All rows, gathered."""
+    return Choice(whole(choice.codes), None if choice.scales is None else whole_scales(choice.scales))
 
 
 @dataclass(frozen=True)
@@ -257,7 +283,8 @@ class Monitor(Protocol):
 @dataclass(frozen=True)
 class Job:
     """Everything a rounding method may use. ``student``, ``blocks`` and ``fisher`` are set only for methods that need
-    STUDENT, BLOCKS and FISHER; ``fisher()`` makes one pass over the calibration windows."""
+    STUDENT, BLOCKS and FISHER; ``fisher()`` makes one pass over the calibration windows. ``ranks``: the processes that
+    round together; a method that has no ``check_processes`` is run by one alone."""
 
     layers: Mapping[str, LayerProblem]
     student: Student | None
@@ -266,6 +293,7 @@ class Job:
     monitor: Monitor
     blocks: Blocks | None = None
     fisher: Callable[[], Mapping[str, Fisher]] | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -304,7 +332,8 @@ def choices_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Choice]:
 
 
 class Rounding(Protocol):
-    """A method is built from its options; unknown options raise :class:`SpecError`."""
+    """A method is built from its options; unknown options raise :class:`SpecError`. One that several processes can run
+    together also has ``check_processes(world)``, which raises it where its options do not allow so many."""
 
     needs: Needs
     between_neighbours: bool  # True if every code is one of the weight's two neighbours

@@ -19,13 +19,14 @@ CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 class Dither:
     """Random r for rows of one layer [N, K], the same for the same ``seed``; ``draws`` independent ones, made of
-    ``of_rows`` [draws, N, 1] (a above) and ``of_columns`` [draws, 1, K] (b)."""
+    ``of_rows`` [draws, N, 1] (a above) and ``of_columns`` [draws, 1, K] (b). Rows are counted from ``begin``, where a
+    process holds only some of a layer's."""
 
-    def __init__(self, shape: torch.Size, draws: int, seed: int, device: torch.device) -> None:
+    def __init__(self, shape: torch.Size, draws: int, seed: int, device: torch.device, begin: int = 0) -> None:
         n, k = shape
         generator = torch.Generator(device)
         generator.manual_seed(seed % 2**63)
-        self.of_rows = torch.rand(draws, n, 1, generator=generator, device=device)
+        self.of_rows = torch.rand(draws, n, 1, generator=generator, device=device)[:, begin:]
         self.of_columns = torch.rand(draws, 1, k, generator=generator, device=device)
 
     def of(self, draw: int, rows: slice) -> Tensor:

@@ -7,6 +7,7 @@ a floor. A step of a weight takes 2 ns instead of 8 to 17, building it 0.4 inste
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +32,7 @@ def runs(u: Tensor, dtype: torch.dtype) -> bool:
     """Whether latents ``u`` and weights or gradients of ``dtype`` are worked on here. ``DQ_TRAINING=reference`` asks
     for PyTorch, as it does for the other passes of a rounding loop."""
     asked = os.environ.get("DQ_TRAINING") or "native"
-    return _native is not None and u.device.type == "cpu" and dtype in DTYPES and asked == "native"
+    return _native is not None and u.device.type == "cpu" and dtype in DTYPES and asked == "native" and u.numel() > 0
 
 
 def weight(u: Tensor, scales: Scales, bits: int, dtype: torch.dtype) -> Tensor:
@@ -54,20 +55,29 @@ def weight(u: Tensor, scales: Scales, bits: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def step(u: Tensor, moments: ByteMoments, gradient: Tensor, rate: float, dither: Dither) -> None:
-    """One step of Adam on u int16 [N, K] and its moments, in place; ``rate`` in units of u. :class:`SpecError`, and
-    nothing changed, where the gradient [N, K] is not finite."""
+def step(
+    u: Tensor,
+    moments: ByteMoments,
+    gradient: Tensor,
+    rate: float,
+    dither: Dither,
+    over_processes: Callable[[Tensor], Tensor],
+) -> None:
+    """One step of Adam on u int16 [N, K] and its moments, in place; ``rate`` in units of u. ``over_processes`` makes of
+    the largest gradient of these rows, float32 [], that of the layer. :class:`SpecError`, and nothing changed, where the
+    gradient [N, K] is not finite."""
     gradient, threads = gradient.contiguous(), torch.get_num_threads()
     assert u.is_contiguous()
     assert moments.m.is_contiguous()
     assert moments.v.is_contiguous()
     addresses = (u.data_ptr(), moments.m.data_ptr(), moments.v.data_ptr(), gradient.data_ptr())
-    parts = (dither.of_rows.data_ptr(), dither.of_columns.data_ptr())
+    of_rows, of_columns = dither.of_rows[:, : len(u)].contiguous(), dither.of_columns.contiguous()
+    parts = (of_rows.data_ptr(), of_columns.data_ptr())
     state = _native.LatentState(*addresses, gradient.dtype == torch.bfloat16, *parts, *u.shape)
-    largest = _native.latent_largest(state, threads)
-    if largest == float("inf"):
+    largest = over_processes(torch.tensor(_native.latent_largest(state, threads)))
+    if bool(largest.isinf()):
         raise SpecError("a gradient of the KL is not finite; use a smaller lr or float32 computation")
-    bound = moments.bound_after(torch.tensor(largest))
+    bound = moments.bound_after(largest)
     began = moments.steps > 0 and bool(moments.bound > 0)
     _native.latent_step(
         state,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dq_runtime.rounding.base import Choice, Job, Needs, Rounded, options_from
+from dq_runtime.rounding.base import Choice, Job, Needs, Rounded, options_from, shared_choice
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,6 @@ class Nearest:
     def round(self, job: Job) -> Rounded:
         choices = {}
         for step, (name, layer) in enumerate(job.layers.items(), 1):
-            choices[name] = Choice(layer.grid.nearest(layer.weight(), layer.scales))
+            choices[name] = shared_choice(Choice(layer.grid.nearest(layer.weight(), layer.scales)), job.ranks)
             job.monitor(step, len(job.layers))
         return Rounded(choices, [])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dq_runtime.rounding.base import (
     Rounded,
     choices_from_tensors,
     choices_to_tensors,
+    shared_choice,
 )
 
 
@@ -157,6 +158,8 @@ class _Run:
 
     def finish(self, block: Block, outcomes: Mapping[str, Outcome]) -> None:
         """Install and record."""
+        shared = {name: shared_choice(outcome.choice, self._job.ranks) for name, outcome in outcomes.items()}
+        outcomes = {name: replace(outcome, choice=shared[name]) for name, outcome in outcomes.items()}
         for name, outcome in outcomes.items():
             block.install(name, outcome.choice)
         self.record(outcomes)

@@ -17,6 +17,7 @@ from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.checkpoint import packed_tensors, write_json, write_weights
 from dq_runtime.packing.float4 import shared_shift
 from dq_runtime.packing.quant_config import FOREIGN_PREFIX, is_standard, scheme_of, to_config
+from dq_runtime.ranks import whole
 from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec
 
@@ -30,13 +31,15 @@ def write_model(
     grids: Mapping[str, GridSpec],
     transposed: bool,
     dtype: torch.dtype,
+    dense: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Weights, config, tokenizer, chat template, generation config and licence files into ``directory``.
 
     ``source.model`` still holds the unquantized tensors; those of the packed layers are skipped. ``dtype`` is the
-    serving dtype of everything unquantized. ``transposed``: some packed layer is a Conv1D, which compressed-tensors
-    readers would leave randomly initialised. Where they cannot serve something, that or a table they have no name for,
-    the model type is renamed to make them fail instead.
+    serving dtype of everything unquantized; ``dense``: what :func:`dense_tensors` gave, where several processes had to
+    gather it. ``transposed``: some packed layer is a Conv1D, which compressed-tensors readers would leave randomly
+    initialised. Where they cannot serve something, that or a table they have no name for, the model type is renamed to
+    make them fail instead.
     """
     model = source.model
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -55,7 +58,7 @@ def write_model(
     shift = shared_shift(packed.values())
     for name, weight in packed.items():
         tensors |= packed_tensors(name, weight, shift)
-    for name, tensor in _dense_tensors(model, packed).items():
+    for name, tensor in (dense_tensors(model, packed) if dense is None else dense).items():
         stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
             raise SpecError(f"{name} does not fit in {config['dtype']}; use scale dtype bfloat16")
@@ -75,12 +78,13 @@ def write_model(
             shutil.copy(file, directory / file.name)
 
 
-def _dense_tensors(model: Any, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
-    """The unquantized tensors by name, without those tied to another one; biases of packed layers included."""
+def dense_tensors(model: Any, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
+    """The unquantized tensors by name, without those tied to another one; biases of packed layers included. What
+    several processes share out is gathered."""
     tied = tied_names(model)
     found = {}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if name not in tied and (owner not in packed or leaf == "bias"):
-            found[name] = tensor
+            found[name] = whole(tensor)
     return found

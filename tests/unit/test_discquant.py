@@ -17,7 +17,7 @@ from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import Mode
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Weights
 from dq_runtime.rounding.base import choices_to_tensors
-from dq_runtime.rounding.discquant import DiscQuant, Recipe, distil, usual_rate, window_order
+from dq_runtime.rounding.discquant import DiscQuant, Recipe, distil, usual_rate, window_batches, window_order
 from dq_runtime.rounding.latent import Latent
 
 QUICK = {"iters": 8, "batch": 2, "epochs": 3, "lr": 0.02}
@@ -78,6 +78,21 @@ def test_the_second_stage_begins_where_autoround_ends_and_lowers_the_kl(tiny_mod
     assert all(torch.equal(c.scales.scale, first.choices[n].scales.scale) for n, c in moved.choices.items())  # type: ignore[union-attr]
 
 
+def test_steps_of_several_windows_continue_bit_for_bit(tiny_model: Path, windows: Tensor) -> None:
+    """Six steps of two windows."""
+    options = QUICK | {"model_batch": 2}
+    whole = _round(student_model(tiny_model, windows, bits=3, group_size=16), options)
+    store = MemoryStore(stop_after=5)
+    with pytest.raises(Interrupted):
+        _round(student_model(tiny_model, windows, bits=3, group_size=16), options, store)
+    assert store.saved is not None
+    assert store.saved[2]["part"] == "model"
+    rest = _round(student_model(tiny_model, windows, bits=3, group_size=16), options, store)
+    assert _same(whole, rest)
+    assert rest.history == whole.history
+    assert sum("kl" in row for row in whole.history) == 6
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("stop", [1, 3, 9, 13])
 def test_stopped_anywhere_it_continues_bit_for_bit(
@@ -113,6 +128,44 @@ def test_every_window_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert window_order(5, 3, 2) != order == window_order(5, 3, 1)
+
+
+def test_steps_of_several_windows_cut_that_order() -> None:
+    order = window_order(5, 3, 1)
+    assert window_batches(5, Recipe(epochs=3), 1) == [[window] for window in order]
+    fours = window_batches(5, Recipe(epochs=3, model_batch=4), 1)
+    assert [len(batch) for batch in fours] == [4, 4, 4]  # 15 windows: three are left over
+    assert [window for batch in fours for window in batch] == order[:12]
+    assert window_batches(5, Recipe(epochs=3, model_batch=15), 1) == [order]
+    with pytest.raises(SpecError, match=r"model_batch 16 is more than 3 epochs of 5 windows have"):
+        window_batches(5, Recipe(epochs=3, model_batch=16), 1)
+
+
+def test_several_windows_make_one_step_with_the_sum_of_their_gradients(tiny_model: Path, windows: Tensor) -> None:
+    """Against a latent that is handed the sum: the weights do not move before the last window. The KL is the mean."""
+    student = student_model(tiny_model, windows, bits=2, group_size=32)
+    choices = {n: Choice(la.grid.nearest(la.weight(), la.scales)) for n, la in student.layers.items()}
+    (batch,) = window_batches(len(windows), Recipe(epochs=1, model_batch=4), 0)
+    latents, alone = ({n: Latent.start(la, choices[n], 0.45, 5) for n, la in student.layers.items()} for _ in range(2))
+    history = distil(
+        Job(student.layers, student, 0, MemoryStore(), lambda *a, **k: None),
+        None,
+        latents,
+        Recipe(epochs=1, model_batch=4, lr=0.05),
+        [],
+    )
+    leaves = {n: latent.decoded().requires_grad_() for n, latent in alone.items()}
+    weights = {n: (lambda w=leaf: w) for n, leaf in leaves.items()}
+    kls = [float(student.kl_backward(window, weights)) for window in batch]
+    assert [row["kl"] for row in history] == [pytest.approx(sum(kls) / 4, rel=1e-6)]
+    for name, latent in alone.items():
+        latent.lr = 0.05
+        gradient = leaves[name].grad
+        assert gradient is not None
+        latent.step(gradient)
+        assert latents[name].moments.steps == 1
+        assert torch.equal(latents[name].u, latent.u)
+        assert latents[name]._sum is None
 
 
 def test_rates_follow_the_bits_of_each_layer(tiny_model: Path, windows: Tensor) -> None:
@@ -178,13 +231,14 @@ def test_nothing_is_kept_between_the_passes(tiny_model: Path, windows: Tensor) -
         ({"iters": 0}, "iters must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"model_batch": 0}, "model_batch must be at least 1"),
         ({"lr": -1}, "lr must be 0 or more"),
         ({"lr": "nan"}, "lr must be 0 or more"),
         ({"lr": "inf"}, "lr must be 0 or more"),
         ({"warmup": 1}, "warmup must be in"),
         ({"room": 0.6}, "room must be in"),
         ({"room": "nan"}, "room must be in"),
-        ({"clamp": 0.5}, "has no option 'clamp'; known: iters, batch, epochs, lr"),
+        ({"clamp": 0.5}, "has no option 'clamp'; known: iters, batch, epochs, model_batch, lr"),
     ],
     ids=str,
 )

@@ -116,6 +116,26 @@ def test_a_weight_used_twice_makes_one_step_with_the_sum() -> None:
     assert torch.equal(latent.u, alone.u)
 
 
+def test_gradients_of_one_step_are_added_up_until_the_last_has_come() -> None:
+    layer = _layer(_normal(4, 32), bits=3, group_size=32)
+    latent, alone = (Latent.start(layer, _nearest(layer), 0.45, 7) for _ in range(2))
+    latent.lr = alone.lr = 0.3
+    begin, factors = latent.u.clone(), _normal(3, 4, 32, seed=2)
+    for i, factor in enumerate(factors):
+        assert torch.equal(latent.u, begin)
+        latent.awaited = 2 - i
+        (factor * latent.weight()).sum().backward()
+    alone.step(factors[0] + factors[1] + factors[2])
+    assert torch.equal(latent.u, alone.u)
+    latent.settle()  # nothing is left
+    assert latent.moments.steps == 1
+    latent.awaited = 1  # an expert that the last window does not reach
+    (factors[0] * latent.weight()).sum().backward()
+    latent.settle()
+    alone.step(factors[0])
+    assert torch.equal(latent.u, alone.u)
+
+
 def test_it_stops_at_the_ends_of_the_grid_and_comes_back() -> None:
     layer = _layer(_normal(2, 32), bits=2, group_size=32)
     latent = Latent.start(layer, _nearest(layer), 0.5, 0)

@@ -175,7 +175,7 @@ def test_a_resumed_run_rounds_in_the_same_bases_without_learning_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_students", killed)
+        patch.setattr(pipeline, "student_layers", killed)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert (tmp_path / "out.partial" / "basis.safetensors").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_runtime.errors import CheckpointError
-from dq_runtime.packing.atomic import unfinished_by
+from dq_runtime.packing.atomic import TOGETHER, unfinished_by
 from dq_runtime.packing.checkpoint import Checkpoint, NotPackedError
 from dq_runtime.packing.directory import read_json, stored_scheme, tensor_files, verify_sums
 from dq_runtime.packing.shown import shown
@@ -58,7 +58,7 @@ def reader_of(path: Path) -> Checkpoint:
         return open_file(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory or a file; give one that holds a model, or a hub name")
-    if unfinished_by(path) not in (None, os.getpid()):
+    if unfinished_by(path) not in (None, os.getpid(), *TOGETHER):
         raise CheckpointError(f"{path} is what a killed run left of its output; resume that run, or delete it")
     verify_sums(path)
     config = read_json(path / "config.json")

@@ -34,11 +34,12 @@ from dq_runtime.modules.fisher import kronecker_fisher
 from dq_runtime.modules.student import StudentModel, loop_dtype_of
 from dq_runtime.modules.student_linear import Mode, StudentLinear
 from dq_runtime.modules.surgery import bias_of, is_conv1d, linears, replace_module, weight_of
+from dq_runtime.out_of_memory import raise_out_of_memory
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.atomic import new_directory
 from dq_runtime.packing.checkpoint import write_sums
 from dq_runtime.packing.run_state import RunState
-from dq_runtime.preflight import check_disk, check_grid, check_output, check_weights, fingerprint, plan
+from dq_runtime.preflight import check_disk, check_grid, check_output, check_weights, claim, fingerprint, plan
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Rounding
 from dq_runtime.rounding.base import choices_from_tensors, choices_to_tensors
 from dq_runtime.runtime.dense import licence_of, load_dense
@@ -157,8 +158,10 @@ def quantize(
     try:
         with flushed_denormals():  # x and its moments decay towards 0; denormals there cost up to 2x
             report = _run(request, texts, state, listener, started)
-    except BaseException:
+    except BaseException as error:
         state.discard_unless_resumable()
+        lower = {**rounding.options(), "window_length": request.length, "compute_dtype": request.dtype}
+        raise_out_of_memory(error, lower, rounding.adjustable)
         raise
     state.clear()
     if report_directory is not None:
@@ -188,16 +191,10 @@ def _run(
     planner = None if spec.target is None else Planner(modules, grids, spec)
     check_disk(output, modules, grids, lm, Needs.STUDENT in request.rounding.needs)
     train, held = _windows(lm, state, texts, request, listener)
+    made = fingerprint(modules, grids)
     state.claim(
-        {
-            "spec": request.full_spec,
-            "window count or length": [*request.counts, request.length],
-            "calibration text": train.fingerprint(),
-            "held-out text": held.fingerprint(),
-            "compute dtype": str(request.dtype),
-            "model": fingerprint(modules, grids),
-        }
-    )
+        claim(request.full_spec, request.rounding, request.dtype, texts, (train, held), request.length, made)
+    )  # fmt: skip
 
     turned = basis.make(grids, train.tokens, request.dtype, spec.seed, state, listener.stage)
     allocation = None
@@ -245,6 +242,7 @@ def _run(
             "seconds": time.monotonic() - started,
             "peak_memory_bytes": peak_memory(request.device),
             "compute_dtype": str(request.dtype).removeprefix("torch."),
+            "adjusted": state.adjusted,
             "device": device_name(request.device),
             "threads": torch.get_num_threads(),
             "versions": versions(),
@@ -273,6 +271,7 @@ def _windows(
         show = listener.stage("Sampling text from the model")
         sampled = sample_windows(lm, to_sample, request.length, request.spec.seed, show).tokens
         state.save_windows("sampled", sampled)
+    sampled = sampled[:, : request.length]  # of an earlier try whose windows were longer
     made = []
     for i, (text, count) in enumerate(zip(texts, request.counts, strict=True)):
         if text is None:

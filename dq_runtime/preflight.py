@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from dq_runtime.data import Text, Windows
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.grids import GRIDS
 from dq_runtime.levels import INT
 from dq_runtime.modules.surgery import weight_of
+from dq_runtime.packing.run_state import Claim
 from dq_runtime.rounding import ROUNDINGS, Rounding
 from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec, QuantSpec
@@ -91,6 +93,37 @@ def fingerprint(modules: Mapping[str, Any], grids: Mapping[str, GridSpec]) -> st
     for name in grids:
         digest.update(weight_of(modules[name]).detach().float().abs().amax(1).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def claim(
+    spec: Mapping[str, Any],
+    rounding: Rounding,
+    dtype: torch.dtype,
+    texts: tuple[Text | None, Text | None],
+    windows: tuple[Windows, Windows],
+    length: int,
+    model: str,
+) -> Claim:
+    """What a run is known by. ``spec``: as JSON, defaults filled in; ``model``: its :func:`fingerprint`.
+
+    A run that diverged or ran out of memory may go on with another lr, dtype or batch, where the method's state does
+    not depend on those, and with shorter windows of the same documents. Anything else would make another checkpoint.
+    """
+    options = spec["rounding"]["options"]
+    adjustable = {name: value for name, value in options.items() if name in rounding.adjustable}
+    kept = {name: value for name, value in options.items() if name not in adjustable}
+    read = dict(zip(("calibration text", "held-out text"), zip(texts, windows, strict=True), strict=True))
+    return Claim(
+        fixed={
+            "spec": {**spec, "rounding": {"name": spec["rounding"]["name"], "options": kept}},
+            "count of calibration or held-out windows": [len(w.tokens) for w in windows],
+            **{name: None if text is None else text.fingerprint() for name, (text, _) in read.items()},
+            "model": model,
+        },
+        windows={name: cut.fingerprint() for name, (_, cut) in read.items()},
+        window_length=length,
+        adjustable={**adjustable, "compute dtype": str(dtype).removeprefix("torch.")},
+    )
 
 
 def check_grid(spec: QuantSpec, rounding: Rounding) -> None:

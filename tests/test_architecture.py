@@ -27,7 +27,7 @@ MAX_LINES = 400
 # Low to high. A module may import its own member of the table and members of lower levels, never its own level.
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"_version", "errors", "interrupt", "levels"}),
-    frozenset({"environment", "spec", "registry", "_native"}),
+    frozenset({"environment", "spec", "registry", "out_of_memory", "_native"}),
     frozenset({"theory"}),
     frozenset({"grids", "transforms", "data"}),
     frozenset({"rounding", "packing"}),

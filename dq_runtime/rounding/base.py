@@ -306,6 +306,7 @@ class Rounding(Protocol):
     needs: Needs
     between_neighbours: bool  # True if every code is one of the weight's two neighbours
     any_grid: bool  # False for a method whose arithmetic is that of evenly spaced levels: the int grid alone
+    adjustable: frozenset[str]  # options that a resumed run may change: what its saved state and its steps do not fix
 
     def __init__(self, options: Mapping[str, Any]) -> None: ...
 

@@ -20,6 +20,7 @@ class Nearest:
     needs = Needs.WEIGHTS
     between_neighbours = True
     any_grid = True
+    adjustable = frozenset[str]()
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         options_from(_Options, "nearest", options)

@@ -98,6 +98,7 @@ class LayerMethod(ABC):
     needs = Needs.WEIGHTS | Needs.BLOCKS
     between_neighbours = False
     any_grid = True
+    adjustable = frozenset[str]()
     cross = False
     recipe: Any
 

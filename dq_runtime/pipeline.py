@@ -39,7 +39,8 @@ from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.atomic import new_directory
 from dq_runtime.packing.checkpoint import write_sums
 from dq_runtime.packing.run_state import RunState
-from dq_runtime.preflight import check_disk, check_grid, check_output, check_weights, claim, fingerprint, plan
+from dq_runtime.planning.disk import check_disk
+from dq_runtime.preflight import check_grid, check_output, check_weights, claim, fingerprint, plan
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Rounding
 from dq_runtime.rounding.base import choices_from_tensors, choices_to_tensors
 from dq_runtime.runtime.dense import licence_of, load_dense
@@ -189,7 +190,7 @@ def _run(
     modules = linears(lm.model)
     grids = plan(modules, spec)
     planner = None if spec.target is None else Planner(modules, grids, spec)
-    check_disk(output, modules, grids, lm, Needs.STUDENT in request.rounding.needs)
+    check_disk(output, lm.model, modules, grids, method)
     train, held = _windows(lm, state, texts, request, listener)
     made = fingerprint(modules, grids)
     state.claim(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +17,6 @@ from dq_runtime.levels import INT
 from dq_runtime.modules.surgery import weight_of
 from dq_runtime.packing.run_state import Claim
 from dq_runtime.rounding import ROUNDINGS, Rounding
-from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec, QuantSpec
 
 
@@ -67,24 +65,6 @@ def plan(modules: Mapping[str, Any], spec: QuantSpec) -> dict[str, GridSpec]:
     if not plan:
         raise SpecError("no linear layer is left to quantize; check --ignore and --override")
     return plan
-
-
-def check_disk(
-    output: Path, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], lm: TransformersModel, with_state: bool
-) -> None:
-    """Refuse now rather than after hours: output, plus x, m and v in float32 while a student is rounded."""
-    sizes = {name: weight_of(modules[name]).shape for name in grids}
-    weights = sum(n * k for n, k in sizes.values())
-    # A code and its share of a 16-bit scale and a zero point of at most 8 bits.
-    packed = sum(n * (k * grids[name].bits + 24 * grids[name].groups(k)) // 8 for name, (n, k) in sizes.items())
-    dense = sum(p.numel() for p in lm.model.parameters()) - weights
-    needed = packed + 2 * dense + (2 * 12 * weights if with_state else 0)  # a new state is written beside the old one
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise DQError(
-            f"{existing} has {free / 1e9:.1f} GB free, but this run needs {needed / 1e9:.1f} GB; free some space"
-        )
 
 
 def fingerprint(modules: Mapping[str, Any], grids: Mapping[str, GridSpec]) -> str:

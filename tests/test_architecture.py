@@ -36,6 +36,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"modules"}),
     frozenset({"runtime", "evaluate", "hf"}),
     frozenset({"allocation", "preflight", "server"}),
+    frozenset({"planning"}),
     frozenset({"pipeline", "export", "scores"}),
     frozenset({"compare"}),
     frozenset({"cli"}),

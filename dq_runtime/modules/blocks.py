@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import DQError
 from dq_runtime.modules.block_trace import Call, Trace, Watch, block_list, inputs_of, run_until
 from dq_runtime.modules.student import StudentModel
@@ -34,6 +35,7 @@ class ModelBlocks:
     @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
         student = self._student
+        give_back_memory()  # of the grids and of nearest
         for layer in student.layers.values():
             layer.candidate = layer.weight
             layer.mode, layer.compute_dtype = Mode.CANDIDATE, student.compute_dtype

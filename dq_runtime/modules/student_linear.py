@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dq_runtime.backends import dispatch, training
 from dq_runtime.backends.training import Lerp
 from dq_runtime.backends.training_reference import lerp_slope, lerp_weight
+from dq_runtime.environment import give_back_memory
 from dq_runtime.grids import Grid, Scales
 from dq_runtime.levels import INT
 from dq_runtime.modules.ops import qmm
@@ -63,6 +64,7 @@ class StudentLinear(nn.Module):
 
     def __init__(self, w: Tensor, bias: Tensor | None, grid: Grid) -> None:
         super().__init__()
+        give_back_memory(4 * w.numel())  # of the layer before: fitting takes several times what is kept
         self.grid = grid
         self.out_features, self.in_features = w.shape
         w = w.detach().float()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dq_runtime.environment import give_back_memory
 from dq_runtime.rounding.base import Choice, Job, Needs, Rounded, options_from
 
 
@@ -32,5 +33,6 @@ class Nearest:
         choices = {}
         for step, (name, layer) in enumerate(job.layers.items(), 1):
             choices[name] = Choice(layer.grid.nearest(layer.weight(), layer.scales))
+            give_back_memory(4 * choices[name].codes.numel())
             job.monitor(step, len(job.layers))
         return Rounded(choices, [])

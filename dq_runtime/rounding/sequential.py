@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import DQError
 from dq_runtime.rounding.base import (
     Block,
@@ -167,6 +168,7 @@ class _Run:
         for name, outcome in outcomes.items():
             self._choices[name] = outcome.choice
             self._history.append({"step": len(self._history) + 1, **outcome.figures})
+        give_back_memory(sum(4 * outcome.choice.codes.numel() for outcome in outcomes.values()))
         job, done, total = self._job, len(self._choices), len(self._order)
         job.monitor(done, total)
         stop = job.store.stop_requested()

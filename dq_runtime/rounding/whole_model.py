@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import SpecError
 from dq_runtime.rounding.base import Job, Student, Weights
 
@@ -95,6 +96,7 @@ def run_steps(
         first, history = saved[0], list(saved[2]["history"])
     elif before:
         job.store.save(0, state(), {"history": history})
+    give_back_memory()  # of the stage before; from step to step new pages would cost more than they save
     for i in range(first, total):
         figures = step(i)
         history.append({"step": len(history) + 1, **figures})

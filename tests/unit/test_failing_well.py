@@ -191,9 +191,7 @@ def test_a_divergence_goes_on_from_a_state_of_before_it_rose(
         _injected(patch, 40, 5.0)
         with pytest.raises(SpecError, match=r"^the KL rose from [\d.]+ to [\d.]+ in 64 steps; use a smaller lr "):
             _quantize(tiny_model, tiny_text, output, longer)
-    assert (
-        35 < _saved_step(output) <= 42
-    )  # two of 20 windows at 5: a mean of 0.7, and the limit is 0.4
+    assert 35 < _saved_step(output) <= 42  # two of 20 windows at 5: a mean of 0.7, and the limit is 0.4
     report = _quantize(tiny_model, tiny_text, output, {"lr": 0.01} | longer, resume=True)
     kls = [row["kl"] for row in report["history"] if "kl" in row]
     assert len(kls) == 68

@@ -55,7 +55,7 @@ VARIANTS = [
 ]
 SHARED_SOURCES = [
     *("csrc/bindings.cpp", "csrc/bind_prepared.cpp", "csrc/bind_decoder.cpp", "csrc/bind_training.cpp"),
-    *("csrc/bind_layers.cpp", "csrc/bind_rounding.cpp", "csrc/cpu/gptq.cpp"),
+    *("csrc/bind_layers.cpp", "csrc/bind_rounding.cpp", "csrc/cpu/gptq.cpp", "csrc/cpu/latent.cpp"),
     *("csrc/cpu/pool.cpp", "csrc/cpu/qmm_scalar.cpp", "csrc/cpu/repack.cpp", "csrc/cpu/dispatch.cpp"),
     *("csrc/cpu/decoder.cpp", "csrc/cpu/decoder_memory.cpp", "csrc/cpu/training.cpp"),
     *("csrc/cpu/training_attention.cpp", "csrc/cpu/training_rows.cpp"),

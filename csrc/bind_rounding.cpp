@@ -1,7 +1,9 @@
-// The column walk of layerwise rounding from Python; dq_runtime/rounding/feedback.py vouches for shapes and dtypes.
+// The column walk of layerwise rounding, and the passes over a four-byte latent, from Python;
+// dq_runtime/rounding/feedback.py and latent_native.py vouch for shapes and dtypes.
 
 #include "bindings.h"
 #include "cpu/gptq.h"
+#include "cpu/latent.h"
 
 namespace dq::binding {
 namespace {
@@ -44,6 +46,43 @@ void gptq(uintptr_t values, uintptr_t target, uintptr_t feedback, uintptr_t carr
     gptq_block(block, useful);
 }
 
+// The address of 16-bit or 32-bit floats.
+void* floats(uintptr_t value, const char* name, bool half) {
+    return half ? static_cast<void*>(address<uint16_t>(value, name)) : address<float>(value, name);
+}
+
+void decoded(uintptr_t u, uintptr_t scale, bool scale_is_bf16, uintptr_t zero, int bits, int64_t n, int64_t k,
+             int64_t group_size, uintptr_t out, bool out_is_bf16, int threads) {
+    check_bits(bits);
+    positive(n, "N");
+    positive(k, "K");
+    positive(group_size, "group_size");
+    if (k % group_size != 0) throw py::value_error("group_size must divide K");
+    const LatentWeight w{{address<const uint16_t>(scale, "scale"), scale_is_bf16, n, k, group_size},
+                         address<const int16_t>(u, "u"),
+                         reinterpret_cast<const uint8_t*>(zero),
+                         bits,
+                         floats(out, "out", out_is_bf16),
+                         out_is_bf16};
+    py::gil_scoped_release release;
+    latent_weight(w, threads);
+}
+
+LatentState state(uintptr_t u, uintptr_t m, uintptr_t v, uintptr_t grad, bool grad_is_bf16, uintptr_t row,
+                  uintptr_t column, int64_t n, int64_t k) {
+    positive(n, "N");
+    positive(k, "K");
+    return {n,
+            k,
+            address<int16_t>(u, "u"),
+            address<int8_t>(m, "m"),
+            address<uint8_t>(v, "v"),
+            floats(grad, "grad", grad_is_bf16),
+            grad_is_bf16,
+            address<const float>(row, "row"),
+            address<const float>(column, "column")};
+}
+
 }  // namespace
 
 void bind_rounding(py::module_& module) {
@@ -52,6 +91,31 @@ void bind_rounding(py::module_& module) {
                arg("zero"), arg("group"), arg("around"), arg("reach"), arg("codes"), arg("delta"), arg("N"),
                arg("columns"), arg("stride"), arg("groups"), arg("top"), arg("threads"),
                "Rounds up to 128 columns with error feedback; see csrc/cpu/gptq.h.");
+    module.def("latent_weight", &decoded, arg("u"), arg("scale"), arg("scale_is_bf16"), arg("zero"), arg("bits"),
+               arg("N"), arg("K"), arg("group_size"), arg("out"), arg("out_is_bf16"), arg("threads"),
+               "out float32 or bfloat16 [N, K] = scale * (code(u) - zero).");
+    py::class_<LatentState>(module, "LatentState", "What a step of the latents [N, K] reads and writes: addresses.")
+        .def(py::init(&state), arg("u"), arg("m"), arg("v"), arg("grad"), arg("grad_is_bf16"), arg("row"),
+             arg("column"), arg("N"), arg("K"));
+    module.def(
+        "latent_largest",
+        [](const LatentState& s, int threads) {
+            py::gil_scoped_release release;
+            return latent_largest(s, threads);
+        },
+        arg("state"), arg("threads"), "The largest |gradient|; infinity where one is not a number.");
+    module.def(
+        "latent_step",
+        [](const LatentState& s, double beta1, double beta2, float held, int lowest, int lowest_after, float correction,
+           float per_share, float rate, int threads) {
+            const auto rest = [](double beta) { return static_cast<float>(1 - beta); };
+            const LatentStep step{static_cast<float>(beta1), rest(beta1), static_cast<float>(beta2), rest(beta2), held,
+                                  lowest, lowest_after, correction, per_share, rate};
+            py::gil_scoped_release release;
+            latent_step(s, step, threads);
+        },
+        arg("state"), arg("beta1"), arg("beta2"), arg("held"), arg("lowest"), arg("lowest_after"), arg("correction"),
+        arg("per_share"), arg("rate"), arg("threads"), "One step of Adam in place; see csrc/cpu/latent.h.");
 }
 
 }  // namespace dq::binding

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "head.h"
 #include "prepared.h"
+#include "latent.h"
 #include "training.h"
 #include "training_attention.h"
 #include "training_rows.h"
@@ -63,6 +64,7 @@ struct Kernels {
     TrainingKernels training;
     AttentionKernels attention;
     RowKernels rows;
+    LatentKernels latent;
 };
 
 // The best table this CPU runs, or the one DQ_ISA names; throws std::runtime_error, in one sentence, where that is

@@ -4,6 +4,7 @@
 #include "attention_impl.h"
 #include "head_impl.h"
 #include "kernels.h"
+#include "latent_impl.h"
 #include "matmul_impl.h"
 #include "row_ops.h"
 #include "training_attention_impl.h"
@@ -12,5 +13,6 @@
 
 namespace dq {
 const Kernels kScalarKernels = {"scalar", quantize, pad, matmul_int8, matmul_exact, rms_norm, choose, refine, add, rope, attend,
-                            store_key_value, {adam, lerp_weight, scale_grad, token_kl}, kAttention, kRowPasses};
+                            store_key_value, {adam, lerp_weight, scale_grad, token_kl}, kAttention, kRowPasses,
+                            kLatentPasses};
 }  // namespace dq

@@ -1,31 +1,12 @@
 #include "training.h"
 
 #include <atomic>
-#include <cstddef>
 #include <vector>
 
 #include "kernels.h"
-#include "pool.h"
+#include "pieces.h"
 
 namespace dq {
-namespace {
-
-constexpr int64_t kPiece = 1 << 14;  // elements of a unit: 350 KB of state, some 20 us
-
-// Rows of k elements that make a unit.
-int64_t rows_of_piece(int64_t k) { return k < kPiece ? kPiece / k : 1; }
-
-// body(first row, last row) over [0, rows), in units of about kPiece elements of k columns.
-template <typename Body>
-void in_pieces(int64_t rows, int64_t k, int threads, const Body& body) {
-    const int64_t piece = rows_of_piece(k);
-    parallel_rows((rows + piece - 1) / piece, threads, [&](int64_t begin, int64_t end) {
-        body(begin * piece, end * piece < rows ? end * piece : rows);
-    });
-}
-
-}  // namespace
-
 int64_t projected_adam(const AdamState& state, int64_t count, const AdamStep& step, int threads) {
     std::atomic<int64_t> undecided{0};
     const auto kernel = kernels().training.adam;

@@ -28,12 +28,12 @@ class _RebuiltMM(torch.autograd.Function):
             with torch.no_grad():
                 into_inputs = grad @ ctx.build().to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            into_weight = (grad.reshape(-1, grad.shape[-1]).T @ inputs.reshape(-1, inputs.shape[-1])).float()
+            into_weight = grad.reshape(-1, grad.shape[-1]).T @ inputs.reshape(-1, inputs.shape[-1])
         return into_inputs, into_weight, None
 
 
 def rebuilt_mm(inputs: Tensor, build: Callable[[], Tensor]) -> Tensor:
-    """inputs [..., K] @ build().T -> [..., N] in the inputs' dtype. ``build`` gives a weight [N, K] in float32, the
-    same whenever it is called before the gradient has reached what it depends on."""
+    """inputs [..., K] @ build().T -> [..., N] in the inputs' dtype. ``build`` gives a weight [N, K], the same whenever
+    it is called before the gradient has reached what it depends on; that comes in the inputs' dtype."""
     y: Tensor = _RebuiltMM.apply(inputs, build(), build)  # type: ignore[no-untyped-call]
     return y

@@ -19,6 +19,7 @@ from dq_runtime.modules.fused_layers import FusedLayers
 from dq_runtime.modules.kl import mean_kl
 from dq_runtime.modules.step_graph import StepGraph
 from dq_runtime.modules.student_linear import Mode, StudentLinear
+from dq_runtime.modules.teacher_outputs import TeacherOutputs
 from dq_runtime.packing import PackedWeight
 from dq_runtime.rounding.base import Weights
 
@@ -47,6 +48,7 @@ class StudentModel:
         self._graph: StepGraph | None = None
         self._eager_steps = 0
         self._fused_layers: FusedLayers | None = None
+        self._teacher: TeacherOutputs | None = None
         self._wide_head: Tensor | None = None  # float32, while a bfloat16 copy stands in for it
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -80,18 +82,28 @@ class StudentModel:
         """The context in which the model, or a part of it, runs in ``compute_dtype``."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype is torch.bfloat16)
 
-    def kl(self, tokens: Tensor, weights: Weights | None = None) -> Tensor:
-        """Mean KL(teacher || student) in nats per token of one window [T]; differentiable in every x, or in what the
-        ``weights`` to be used instead depend on."""
+    def kl(self, tokens: Tensor) -> Tensor:
+        """Mean KL(teacher || student) in nats per token of one window [T]; differentiable in every x."""
         self.set_mode(Mode.TEACHER)
         with torch.no_grad(), self._fused():
             teacher = self.logits(tokens)
-        if weights is None:
-            self.set_mode(Mode.RELAXED)
-        else:
-            self.set_mode(Mode.REBUILT)
-            for name, weight in weights.items():
-                self.layers[name].candidate = weight
+        self.set_mode(Mode.RELAXED)
+        with self._fused():
+            student = self.logits(tokens)
+        return mean_kl(student, teacher, reuse_teacher=True)
+
+    def kl_of(self, window: int, weights: Weights) -> Tensor:
+        """The same of one of the calibration windows and of a student on ``weights``; differentiable in what those
+        depend on. The teacher runs on a window once."""
+        tokens = self.tokens[window]
+        if self._teacher is None:
+            self._teacher = TeacherOutputs(self.model)
+        self.set_mode(Mode.TEACHER)
+        with torch.no_grad(), self._fused(), self.autocast():
+            teacher = self._teacher.logits(window, lambda: self.logits(tokens))
+        self.set_mode(Mode.REBUILT)
+        for name, weight in weights.items():
+            self.layers[name].candidate = weight
         with self._fused():
             student = self.logits(tokens)
         return mean_kl(student, teacher, reuse_teacher=True)
@@ -108,11 +120,11 @@ class StudentModel:
     def kl_backward(self, window: int, weights: Weights | None = None) -> Tensor:
         """See :class:`dq_runtime.rounding.base.Student`; on a GPU the relaxed choices run by a recorded graph from the
         third step on."""
-        tokens = self.tokens[window]
         if weights is not None:
-            loss = self.kl(tokens, weights)
+            loss = self.kl_of(window, weights)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
+        tokens = self.tokens[window]
         parameters = [layer.x for layer in self.layers.values()]
         warm = self.graphed and self._eager_steps >= EAGER_STEPS
         if warm and self._graph is None and all(x.grad is None for x in parameters):
@@ -148,7 +160,7 @@ class StudentModel:
 
     def end(self) -> None:
         """Free what that took."""
-        self._graph = None
+        self._graph = self._teacher = None
         if self._wide_head is not None:
             self.model.get_output_embeddings().weight = self._wide_head
             self._wide_head = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from dq_runtime import spec
@@ -206,9 +207,11 @@ class Relaxation(Protocol):
 
 
 class Student(Protocol):
-    """The model being rounded: teacher and student are one set of stored weights."""
+    """The model being rounded: teacher and student are one set of stored weights. ``compute_dtype``: of its matrix
+    products."""
 
     windows: int
+    compute_dtype: torch.dtype
 
     @property
     def layers(self) -> Mapping[str, Relaxation]: ...

@@ -46,9 +46,13 @@ class ByteMoments:
             torch.zeros((), device=device),
         )
 
+    def bound_after(self, largest: Tensor) -> Tensor:
+        """b after a gradient whose largest magnitude is ``largest``, float32 []."""
+        return BETA2 * self.bound + (1 - BETA2) * largest.square()
+
     def decode(self, rows: slice) -> tuple[Tensor, Tensor]:
         """m and v of some rows, float32, as they were when they were last held."""
-        v = (self.v[rows].int() + _lowest(self.bound)).bitwise_left_shift_(_SHIFT).view(torch.float32)
+        v = (self.v[rows].int() + lowest(self.bound)).bitwise_left_shift_(_SHIFT).view(torch.float32)
         v = v * (self.bound > 0)
         return self.m[rows] * v.sqrt().mul_(REACH / 127 / (correction(self.steps) if self.steps else 1.0)), v
 
@@ -58,7 +62,7 @@ class ByteMoments:
         scaled = (share * (127 / REACH)).add_(dither[0]).floor_()
         self.m[rows] = scaled.clamp_(-127, 127).to(torch.int8)
         bits = v.view(torch.int32) + (dither[1] * (1 << _SHIFT)).int()
-        self.v[rows] = bits.bitwise_right_shift_(_SHIFT).sub_(_lowest(bound)).clamp_(0, 255).to(torch.uint8)
+        self.v[rows] = bits.bitwise_right_shift_(_SHIFT).sub_(lowest(bound)).clamp_(0, 255).to(torch.uint8)
 
 
 def correction(steps: int) -> float:
@@ -66,11 +70,11 @@ def correction(steps: int) -> float:
     return float((1 - BETA2**steps) ** 0.5 / (1 - BETA1**steps))
 
 
-def _lowest(bound: Tensor) -> Tensor:
+def lowest(bound: Tensor) -> Tensor:
     """The top bits of the float32 that code 0 stands for, int32 []."""
     return ((bound.view(torch.int32) >> _SHIFT) + _HEADROOM - 255).clamp_(min=_LEAST)
 
 
 def smallest(bound: Tensor) -> Tensor:
     """The v of code 0: what a smaller one counts as, so that the quotient of two vanishing moments stays small."""
-    return (_lowest(bound) << _SHIFT).view(torch.float32)
+    return (lowest(bound) << _SHIFT).view(torch.float32)

@@ -98,6 +98,7 @@ class DiscQuant:
         not."""
         student, recipe = job.student, self.recipe
         assert student is not None, "the pipeline builds the student that `needs` declares"
+        dtype = student.compute_dtype
         steps = recipe.epochs * student.windows
         before = max(1, round(SHARE_OF_A_STEP * recipe.iters * min(recipe.batch, student.windows)))
         blocks = Part(job, "blocks", 0, before, before + steps)
@@ -108,12 +109,12 @@ class DiscQuant:
             rows, choices = start.history, dict(start.choices)
             del start  # each layer's codes go as soon as its latent is there
             latents = {
-                name: Latent.start(layer, choices.pop(name), recipe.room, _seed(job, i))
+                name: Latent.start(layer, choices.pop(name), recipe.room, _seed(job, i), dtype)
                 for i, (name, layer) in enumerate(job.layers.items())
             }
         else:
             latents = {
-                name: Latent.resumed(layer, name, saved[1], _seed(job, i))
+                name: Latent.resumed(layer, name, saved[1], _seed(job, i), dtype)
                 for i, (name, layer) in enumerate(job.layers.items())
             }
         history = distil(model.job(), saved, latents, recipe, rows)

@@ -18,18 +18,19 @@ CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
 class Dither:
-    """Random r for rows of one layer [N, K], the same for the same ``seed``; ``draws`` independent ones."""
+    """Random r for rows of one layer [N, K], the same for the same ``seed``; ``draws`` independent ones, made of
+    ``of_rows`` [draws, N, 1] (a above) and ``of_columns`` [draws, 1, K] (b)."""
 
     def __init__(self, shape: torch.Size, draws: int, seed: int, device: torch.device) -> None:
         n, k = shape
         generator = torch.Generator(device)
         generator.manual_seed(seed % 2**63)
-        self._a = torch.rand(draws, n, 1, generator=generator, device=device)
-        self._b = torch.rand(draws, 1, k, generator=generator, device=device)
+        self.of_rows = torch.rand(draws, n, 1, generator=generator, device=device)
+        self.of_columns = torch.rand(draws, 1, k, generator=generator, device=device)
 
     def of(self, draw: int, rows: slice) -> Tensor:
         """float32 [rows, K]."""
-        return (self._a[draw, rows] + self._b[draw]).frac_()
+        return (self.of_rows[draw, rows] + self.of_columns[draw]).frac_()
 
 
 def chunks(shape: torch.Size, device: torch.device) -> Iterator[slice]:

@@ -11,6 +11,8 @@ estimator, arXiv 1308.3432), also at both ends of the grid, where u stops. One s
 
 The scale of a gradient cancels in m / sqrt(v), so it is taken with respect to w_hat. No gradient is kept: the update is
 made as soon as the backward pass has that of the layer, while those of the layers below it do not exist yet.
+
+What is written here in PyTorch is the definition; CPUs run it in C++ (latent_native.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dq_runtime.grids import Grid, Scales
+from dq_runtime.rounding import latent_native
 from dq_runtime.rounding.base import Choice, LayerProblem
 from dq_runtime.rounding.byte_moments import BETA1, BETA2, ByteMoments, correction, smallest
 from dq_runtime.rounding.dither import Dither, chunks
@@ -40,27 +43,39 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class Latent:
-    """One layer. ``u`` int16 [N, K] as held, on fixed ``scales``; ``seed``: of its stochastic rounding."""
+    """One layer. ``u`` int16 [N, K] as held, on fixed ``scales``; ``seed``: of its stochastic rounding; ``dtype``: of
+    the weights that the model runs on, and so of their gradients."""
 
-    def __init__(self, grid: Grid, scales: Scales, u: Tensor, moments: ByteMoments, seed: int) -> None:
-        self._grid, self._seed = grid, seed
+    def __init__(
+        self, grid: Grid, scales: Scales, u: Tensor, moments: ByteMoments, seed: int, dtype: torch.dtype
+    ) -> None:
+        self._grid, self._seed, self._dtype = grid, seed, dtype
         self.bits = grid.spec.bits
         self.scales, self.u, self.moments = scales, u, moments
         self.lr = 0.0  # of the next step, in grid steps
         # Zero strides: [N, K] to autograd, 4 bytes in memory.
-        self._leaf = torch.zeros((), device=u.device).expand(u.shape).detach().requires_grad_()
+        self._leaf = torch.zeros((), dtype=dtype, device=u.device).expand(u.shape).detach().requires_grad_()
         self._leaf.register_post_accumulate_grad_hook(self._consume)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def start(cls, layer: LayerProblem, choice: Choice, room: float, seed: int) -> Latent:
+    def start(
+        cls, layer: LayerProblem, choice: Choice, room: float, seed: int, dtype: torch.dtype = torch.float32
+    ) -> Latent:
         """From a choice: at the original weight, but at most ``room`` grid steps from the middle of its code's cell
         (0.5: up to the edge)."""
         scales = choice.scales or layer.scales
         u = _start(layer, choice.codes, scales, room)
-        return cls(layer.grid, scales, u, ByteMoments.zeros(u.shape, u.device), seed)
+        return cls(layer.grid, scales, u, ByteMoments.zeros(u.shape, u.device), seed, dtype)
 
     @classmethod
-    def resumed(cls, layer: LayerProblem, name: str, tensors: Mapping[str, Tensor], seed: int) -> Latent:
+    def resumed(
+        cls,
+        layer: LayerProblem,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Latent:
         """From what :meth:`tensors` gave."""
         device = layer.scales.scale.device
         held = {
@@ -69,7 +84,7 @@ class Latent:
             if f"{name}.{key}" in tensors
         }
         moments = ByteMoments(held["m"], held["v"], held["bound"], int(tensors[f"{name}.steps"]))
-        return cls(layer.grid, Scales(held["scale"], held.get("zero")), held["u"], moments, seed)
+        return cls(layer.grid, Scales(held["scale"], held.get("zero")), held["u"], moments, seed, dtype)
 
     def codes(self) -> Tensor:
         """uint8 [N, K]."""
@@ -77,8 +92,10 @@ class Latent:
         return high.add_(1 << (self.bits - 1)).to(torch.uint8)
 
     def decoded(self) -> Tensor:
-        """w_hat, float32 [N, K]."""
-        return self._grid.decode(self.codes(), self.scales)
+        """w_hat [N, K], rounded once to the dtype."""
+        if latent_native.runs(self.u, self._dtype):
+            return latent_native.weight(self.u, self.scales, self.bits, self._dtype)
+        return self._grid.decode(self.codes(), self.scales, self._dtype)
 
     def weight(self) -> Tensor:
         """The same; a gradient that reaches it makes a step."""
@@ -96,13 +113,18 @@ class Latent:
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
-        """One step with the KL's gradient to w_hat [N, K], any float dtype."""
+        """One step with the KL's gradient to w_hat [N, K], any float dtype. Where it is not finite: in C++ a
+        :class:`SpecError` and nothing changed; in PyTorch, which would have to wait for a GPU, the KL of the next step
+        tells."""
         shape, device, moments = self.u.shape, self.u.device, self.moments
         steps = moments.steps + 1  # of this layer: an expert makes one only where a token reached it
         dither = Dither(shape, 3, self._seed * 1_000_003 + steps, device)
-        bound = BETA2 * moments.bound + (1 - BETA2) * gradient.abs().max().float().square()
-        least = smallest(bound)
         rate = self.lr * 2 ** (16 - self.bits)  # in units of u's last bit
+        if latent_native.runs(self.u, gradient.dtype):
+            latent_native.step(self.u, moments, gradient, rate, dither)
+            return
+        bound = moments.bound_after(gradient.abs().max().float())
+        least = smallest(bound)
         for rows in chunks(shape, device):
             g = gradient[rows].float()
             m, v = moments.decode(rows)

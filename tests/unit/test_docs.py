@@ -152,8 +152,11 @@ def test_the_rounding_times_of_the_readme_are_the_committed_results() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     results = ROOT / "benchmarks" / "results"
     ratios = json.loads((results / "discquant_step_cpu.json").read_text())["ratios"]
-    assert f"{ratios['bfloat16']['speed']:.2f}x as fast as in plain PyTorch in bfloat16" in readme
-    assert f"and {ratios['float32']['speed']:.2f}x in float32" in readme
+    for method in ("discquant", "discquant-paper"):
+        both = [ratios[f"{method}, {dtype}"]["speed"] for dtype in ("bfloat16", "float32")]
+        assert f"a step of {method} {both[0]:.2f}x as fast as in plain PyTorch in bfloat16, {both[1]:.2f}x in" in readme
+    kept = ratios["discquant, bfloat16"]["speed_with_kept_teacher"]
+    assert f"eight passes run the original model once, which makes it {kept:.2f}x" in readme
     layers = [row["ratio"] for row in json.loads((results / "gptq_layer.json").read_text())["rows"]]
     assert f"GPTQ takes {min(layers):.1f} to {max(layers):.1f} times as long" in readme
 

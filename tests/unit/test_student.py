@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,41 @@ def test_kl_compares_the_student_with_the_teacher_on_that_window(tiny_model: Pat
         relaxed = student.logits(windows[1])
     assert student.kl(windows[1]).item() == pytest.approx(mean_kl(relaxed, teacher).item(), rel=1e-6)
     assert student.kl(windows[0]).item() != pytest.approx(student.kl(windows[1]).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("caps", [False, True])
+def test_the_teacher_runs_once_a_window_and_its_logits_stay_the_same_to_the_bit(
+    tiny_model: Path, windows: Tensor, caps: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless its logits are not what its head gives, as where a model caps them: then it runs every time."""
+    student = student_model(tiny_model, windows)
+    student.compute_dtype = dtype
+    if caps:
+        own = student.model.forward
+
+        def capped(*args: Any, **kwargs: Any) -> Any:
+            out = own(*args, **kwargs)
+            out.logits = 2 * torch.tanh(out.logits / 2)
+            return out
+
+        student.model.forward = capped
+    student.begin(relaxed=False)
+    weights = {name: partial(torch.zeros, *layer.weight().shape) for name, layer in student.layers.items()}
+    ran: list[Mode] = []
+    first = next(iter(student.layers.values()))
+    first.observer = lambda inputs: ran.append(first.mode)
+    teachers: list[Tensor] = []
+    monkeypatch.setattr("dq_runtime.modules.student.mean_kl", lambda s, t, reuse_teacher: teachers.append(t) or t.sum())
+    for window in (0, 1, 0, 1, 0):
+        student.kl_of(window, weights)
+    assert ran.count(Mode.TEACHER) == (5 if caps else 2)
+    for i, window in enumerate((0, 1, 0, 1, 0)):
+        assert torch.equal(teachers[i], teachers[window])
+    student.set_mode(Mode.TEACHER)
+    with torch.no_grad(), student._fused():
+        assert torch.equal(student.logits(windows[1]), teachers[3])
+    student.end()
 
 
 def test_loop_dtype_names() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.grids import GRIDS
@@ -85,11 +86,12 @@ def check_disk(
         )
 
 
-def fingerprint(modules: Mapping[str, Any], grids: Mapping[str, GridSpec]) -> str:
-    """Hash of the largest magnitude of every row: the same model gives the same, a fine-tuned one does not."""
+def fingerprint(weights: Iterable[Tensor]) -> str:
+    """Hash of the largest magnitude of every row of the weights [N, K] that will be quantized: the same model gives the
+    same, a fine-tuned one does not."""
     digest = hashlib.sha256()
-    for name in grids:
-        digest.update(weight_of(modules[name]).detach().float().abs().amax(1).cpu().numpy().tobytes())
+    for weight in weights:
+        digest.update(weight.detach().float().abs().amax(1).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

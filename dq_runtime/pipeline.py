@@ -9,21 +9,22 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq_runtime.allocation import Allocation, Planner, allocate
-from dq_runtime.data import Text, Windows, pack_windows, read_texts
-from dq_runtime.data.selection import check_selection, mean_hidden_states, select_windows
+from dq_runtime.blockwise import BlockwiseRun, check_blockwise
+from dq_runtime.calibration import windows_of
+from dq_runtime.data import Text, Windows, read_texts
+from dq_runtime.data.selection import check_selection
 from dq_runtime.environment import device_name, flushed_denormals, peak_memory, resolve_device, versions
-from dq_runtime.errors import DQError, SpecError
-from dq_runtime.evaluate.figures import layer_rows, sizes
+from dq_runtime.errors import SpecError
+from dq_runtime.evaluate.figures import Measured, sizes
 from dq_runtime.evaluate.metrics import Quality, compare
 from dq_runtime.evaluate.report import Report, held_out_section, model_card, write_report
 from dq_runtime.grids import GRIDS
@@ -41,61 +42,17 @@ from dq_runtime.packing.checkpoint import write_sums
 from dq_runtime.packing.run_state import RunState
 from dq_runtime.planning.disk import check_disk
 from dq_runtime.preflight import check_grid, check_output, check_weights, claim, fingerprint, plan
+from dq_runtime.request import Listener, Request, Silent, Stage
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Rounding
 from dq_runtime.rounding.base import choices_from_tensors, choices_to_tensors
 from dq_runtime.runtime.dense import licence_of, load_dense
 from dq_runtime.runtime.load import load
 from dq_runtime.runtime.save import write_model
-from dq_runtime.runtime.self_text import sample_windows
+from dq_runtime.runtime.streamed import StoredModel, open_stored
 from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec, QuantSpec
 from dq_runtime.transforms import TRANSFORMS, Transform
 from dq_runtime.transforms import Needs as TransformNeeds
-
-
-class Stage(Protocol):
-    """Receives the progress of one stage."""
-
-    def __call__(self, step: int, total: int, **figures: float) -> None: ...
-
-
-class Listener(Protocol):
-    """Shows a run to its user; the command line draws bars, the default is silent."""
-
-    def stage(self, title: str) -> Stage: ...
-
-
-class Silent:
-    """No output."""
-
-    def stage(self, title: str) -> Stage:
-        return lambda step, total, **figures: None
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of :func:`quantize`, resolved."""
-
-    model: str
-    output: Path
-    spec: QuantSpec
-    rounding: Rounding
-    transform: Transform
-    counts: tuple[int, int]  # calibration and held-out windows
-    length: int
-    select: str  # which calibration windows, see data/selection.py
-    dtype: torch.dtype  # of the rounding loop
-    device: str
-    overwrite: bool
-
-    @property
-    def full_spec(self) -> dict[str, Any]:
-        """The spec as JSON, the method's defaults filled in."""
-        return {
-            **self.spec.to_json(),
-            "transform_options": self.transform.options(),
-            "rounding": {"name": self.spec.rounding.name, "options": self.rounding.options()},
-        }
 
 
 def quantize(
@@ -114,6 +71,7 @@ def quantize(
     checkpoint_every: float = 120.0,
     resume: bool = False,
     overwrite: bool = False,
+    blockwise: bool = False,
     report_directory: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Report:
@@ -122,7 +80,8 @@ def quantize(
     ``calibration`` and ``held_out`` are text, JSONL or ``hf:`` sources. Without ``held_out``, whole documents of the
     calibration source are held out; without ``calibration``, the teacher samples both. ``calibration_select`` (random,
     coreset) says which windows of the text calibrate. ``compute_dtype`` (auto, float32, bfloat16) is that of the
-    rounding loop; everything reported is measured in float32 on what was written to disk. Every ``checkpoint_every``
+    rounding loop; everything reported is measured in float32 on what was written to disk. ``blockwise``: one block's
+    weights in memory at a time, for methods that need no more (:mod:`dq_runtime.blockwise`). Every ``checkpoint_every``
     seconds the loop saves its state in ``output.partial/``, from which ``resume`` continues to bit-identical codes.
     Nothing appears at ``output`` before it is complete, and a failed run leaves nothing but a state worth resuming. Bad
     input raises :class:`DQError`.
@@ -139,6 +98,10 @@ def quantize(
     transform: Transform = TRANSFORMS.get(spec.transform)(spec.transform_options)
     needs_text = rounding.needs != Needs.WEIGHTS or TransformNeeds.OBJECTIVE in transform.needs or bool(spec.target)
     check_grid(spec, rounding)
+    if blockwise:
+        check_blockwise(
+            spec, rounding, calibration_select, (needs_text and not calibration) or not (held_out or calibration)
+        )
     device = resolve_device(device)
     request = Request(
         model=model,
@@ -152,6 +115,7 @@ def quantize(
         dtype=loop_dtype_of(compute_dtype, torch.device(device)),
         device=device,
         overwrite=overwrite,
+        blockwise=blockwise,
     )
     state = RunState(request.output, checkpoint_every)
     state.open(resume)
@@ -178,24 +142,23 @@ def _run(
     started: float,
 ) -> Report:
     """The straight line itself."""
-    spec, method, output = request.spec, request.spec.rounding.name, request.output
+    spec, output = request.spec, request.output
     show = listener.stage("Loading")
     show(0, 1)
-    lm = load_dense(request.model, request.device)
+    lm = open_stored(request.model) if request.blockwise else load_dense(request.model, request.device)
     show(1, 1)
     if lm.context_length is not None and request.length > lm.context_length:
         raise SpecError(f"window_length {request.length} exceeds the model's context of {lm.context_length}")
-    check_weights(lm.model)
+    stored = lm if isinstance(lm, StoredModel) else None
+    check_weights(lm.model) if stored is None else stored.check_weights()
     basis = BasisChange(lm.model, spec.transform, request.transform)
     modules = linears(lm.model)
     grids = plan(modules, spec)
     planner = None if spec.target is None else Planner(modules, grids, spec)
-    check_disk(output, lm.model, modules, grids, method)
-    train, held = _windows(lm, state, texts, request, listener)
-    made = fingerprint(modules, grids)
-    state.claim(
-        claim(request.full_spec, request.rounding, request.dtype, texts, (train, held), request.length, made)
-    )  # fmt: skip
+    check_disk(output, lm.model, modules, grids, spec.rounding.name)
+    train, held = windows_of(lm, state, texts, request, listener)
+    weights = fingerprint(stored.weights(grids) if stored else (weight_of(modules[name]) for name in grids))
+    state.claim(claim(request, texts, (train, held), weights))
 
     turned = basis.make(grids, train.tokens, request.dtype, spec.seed, state, listener.stage)
     allocation = None
@@ -203,32 +166,24 @@ def _run(
         allocation = _allocate(lm, modules, planner, train.tokens, state, listener)
         request = replace(request, spec=allocation.spec)
         spec, grids = request.spec, plan(modules, request.spec)
-    layers = _students(lm, modules, grids, spec, listener)
-    transposed = any(is_conv1d(modules[name]) for name in grids)
+    if stored is not None:
+        made = _streamed(stored, grids, train, held, request, state, listener)
+    else:
+        made = _whole(lm, modules, grids, train, held, request, state, listener)
     del modules, basis
-    student = StudentModel(lm.model, layers, train.tokens, request.dtype)
-    began = time.monotonic()
-    nearest = _pack(
-        student, ROUNDINGS.get("nearest")({}).round(_job(student, request, state, Silent().stage(""))).choices
-    )
-    rounded, history, rounding_seconds = nearest, list[dict[str, float]](), time.monotonic() - began
-    if method != "nearest":
-        result = _resumable(student, request, state, listener)
-        rounded, history, rounding_seconds = _pack(student, result.choices), result.history, state.seconds()
 
     with new_directory(output, request.overwrite) as directory:
-        write_model(directory, lm, rounded, grids, transposed, getattr(torch, spec.grid.scale_dtype))
-        results = _evaluate(student, nearest, request, directory, held, listener.stage("Evaluating"))
-        rows = layer_rows(layers, rounded, nearest)
+        made.write(directory)
+        measured = made.measure(directory)
+        rows = measured.rows
         report: Report = {
             "model": _display_name(lm, request.model),
             "spec": request.full_spec,
-            **sizes(lm.model, rounded, directory, turned.original_parameters),
+            **sizes(lm.model, measured.weights, measured.packed_bytes, directory, turned.original_parameters),
             "transform": turned.figures,
             "allocation": None if allocation is None else allocation.figures,
             "moved_from_nearest": sum(r["moved"] * r["weights"] for r in rows) / sum(r["weights"] for r in rows),
-            # A grid that the method moved is its own: codes and errors then say nothing against another's.
-            "learned_scales": any(not torch.equal(w.scale, nearest[name].scale) for name, w in rounded.items()),
+            "learned_scales": measured.learned_scales,
             "calibration": {
                 "source": train.source,
                 "windows": request.counts[0],
@@ -236,10 +191,10 @@ def _run(
                 "sha256": train.fingerprint(),
             },
             "held_out": {
-                **held_out_section(results, held.source, [request.counts[1], request.length]),
+                **held_out_section(measured.results, held.source, [request.counts[1], request.length]),
                 "sha256": held.fingerprint(),
             },
-            "rounding_seconds": rounding_seconds,
+            "rounding_seconds": made.seconds,
             "seconds": time.monotonic() - started,
             "peak_memory_bytes": peak_memory(request.device),
             "compute_dtype": str(request.dtype).removeprefix("torch."),
@@ -249,43 +204,13 @@ def _run(
             "versions": versions(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": shlex.join(sys.argv),
-            "history": history,
+            "history": made.history,
             "layers": rows,
         }
         write_report(report, directory)
         (directory / "README.md").write_text(model_card(report, licence_of(request.model)), encoding="utf-8")
         write_sums(directory)
     return report
-
-
-def _windows(
-    lm: TransformersModel,
-    state: RunState,
-    texts: tuple[Text | None, Text | None],
-    request: Request,
-    listener: Listener,
-) -> tuple[Windows, Windows]:
-    """Calibration and held-out windows; where there is no text the teacher samples it, once per output."""
-    to_sample = sum(count for text, count in zip(texts, request.counts, strict=True) if text is None)
-    sampled = state.windows("sampled") if to_sample else torch.empty(0, request.length, dtype=torch.int64)
-    if sampled is None:
-        show = listener.stage("Sampling text from the model")
-        sampled = sample_windows(lm, to_sample, request.length, request.spec.seed, show).tokens
-        state.save_windows("sampled", sampled)
-    sampled = sampled[:, : request.length]  # of an earlier try whose windows were longer
-    made = []
-    for i, (text, count) in enumerate(zip(texts, request.counts, strict=True)):
-        if text is None:
-            made.append(Windows(sampled[:count], "text sampled from the teacher itself"))
-            sampled = sampled[count:]
-        elif lm.tokenizer is None:
-            raise DQError(f"{lm.path} has no tokenizer to read {text.source} with; leave text out to sample token ids")
-        else:
-            length, seed = request.length, request.spec.seed + i
-            pack = partial(pack_windows, text.documents, lm.tokenizer, length=length, seed=seed, source=text.source)
-            look = partial(mean_hidden_states, lm.model, stage=listener.stage)
-            made.append(select_windows(pack, count, "random" if i else request.select, seed, look))
-    return made[0], made[1]
 
 
 def _allocate(
@@ -299,6 +224,70 @@ def _allocate(
     with interruptible() as asked:
         state.asked_to_stop = asked
         return allocate(lm.model, modules, planner, windows, state, listener.stage("Measuring sensitivity"))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A rounding that is done: the figures of its steps, its seconds, and how what it chose is written to a directory
+    and then measured there."""
+
+    history: list[dict[str, float]]
+    seconds: float
+    write: Callable[[Path], None]
+    measure: Callable[[Path], Measured]
+
+
+def _streamed(
+    lm: StoredModel,
+    grids: Mapping[str, GridSpec],
+    train: Windows,
+    held: Windows,
+    request: Request,
+    state: RunState,
+    listener: Listener,
+) -> _Made:
+    """One block after the other, read when its turn comes."""
+    windows = train.tokens if len(train.tokens) else held.tokens[:1]  # nearest runs the model only to be measured
+    run = BlockwiseRun(lm, grids, request.spec, windows, request.dtype, request.device, state)
+    history = run.round(request.rounding, listener.stage(request.spec.rounding.name))
+    show = listener.stage("Evaluating")
+    return _Made(history, state.seconds(), run.write, lambda directory: run.measure(directory, held.tokens, show))
+
+
+def _whole(
+    lm: TransformersModel,
+    modules: dict[str, Any],
+    grids: Mapping[str, GridSpec],
+    train: Windows,
+    held: Windows,
+    request: Request,
+    state: RunState,
+    listener: Listener,
+) -> _Made:
+    """All layers in memory; every :class:`StudentLinear` takes the place of its linear."""
+    spec = request.spec
+    transposed = any(is_conv1d(modules[name]) for name in grids)
+    layers = _students(lm, modules, grids, spec, listener)
+    modules.clear()
+    student = StudentModel(lm.model, layers, train.tokens, request.dtype)
+    began = time.monotonic()
+    nearest = _pack(
+        student, ROUNDINGS.get("nearest")({}).round(_job(student, request, state, Silent().stage(""))).choices
+    )
+    rounded, history, seconds = nearest, list[dict[str, float]](), time.monotonic() - began
+    if spec.rounding.name != "nearest":
+        result = _resumable(student, request, state, listener)
+        rounded, history, seconds = _pack(student, result.choices), result.history, state.seconds()
+
+    def write(directory: Path) -> None:
+        write_model(directory, lm, rounded, grids, transposed, getattr(torch, spec.grid.scale_dtype))
+
+    def measure(directory: Path) -> Measured:
+        measured = Measured(_evaluate(student, nearest, request, directory, held, listener.stage("Evaluating")))
+        measured.add(layers, rounded, nearest)
+        return measured
+
+    return _Made(history, seconds, write, measure)
 
 
 def _students(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dq_runtime.data import Text, Windows
 from dq_runtime.errors import DQError, SpecError
@@ -16,6 +17,7 @@ from dq_runtime.grids import GRIDS
 from dq_runtime.levels import INT
 from dq_runtime.modules.surgery import weight_of
 from dq_runtime.packing.run_state import Claim
+from dq_runtime.request import Request
 from dq_runtime.rounding import ROUNDINGS, Rounding
 from dq_runtime.spec import GridSpec, QuantSpec
 
@@ -67,30 +69,26 @@ def plan(modules: Mapping[str, Any], spec: QuantSpec) -> dict[str, GridSpec]:
     return plan
 
 
-def fingerprint(modules: Mapping[str, Any], grids: Mapping[str, GridSpec]) -> str:
-    """Hash of the largest magnitude of every row: the same model gives the same, a fine-tuned one does not."""
+def fingerprint(weights: Iterable[Tensor]) -> str:
+    """Hash of the largest magnitude of every row of the weights [N, K] that will be quantized: the same model gives the
+    same, a fine-tuned one does not."""
     digest = hashlib.sha256()
-    for name in grids:
-        digest.update(weight_of(modules[name]).detach().float().abs().amax(1).cpu().numpy().tobytes())
+    for weight in weights:
+        digest.update(weight.detach().float().abs().amax(1).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def claim(
-    spec: Mapping[str, Any],
-    rounding: Rounding,
-    dtype: torch.dtype,
-    texts: tuple[Text | None, Text | None],
-    windows: tuple[Windows, Windows],
-    length: int,
-    model: str,
+    request: Request, texts: tuple[Text | None, Text | None], windows: tuple[Windows, Windows], model: str
 ) -> Claim:
-    """What a run is known by. ``spec``: as JSON, defaults filled in; ``model``: its :func:`fingerprint`.
+    """What a run is known by; ``model``: its :func:`fingerprint`.
 
     A run that diverged or ran out of memory may go on with another lr, dtype or batch, where the method's state does
     not depend on those, and with shorter windows of the same documents. Anything else would make another checkpoint.
     """
+    spec = request.full_spec
     options = spec["rounding"]["options"]
-    adjustable = {name: value for name, value in options.items() if name in rounding.adjustable}
+    adjustable = {name: value for name, value in options.items() if name in request.rounding.adjustable}
     kept = {name: value for name, value in options.items() if name not in adjustable}
     read = dict(zip(("calibration text", "held-out text"), zip(texts, windows, strict=True), strict=True))
     return Claim(
@@ -98,11 +96,12 @@ def claim(
             "spec": {**spec, "rounding": {"name": spec["rounding"]["name"], "options": kept}},
             "count of calibration or held-out windows": [len(w.tokens) for w in windows],
             **{name: None if text is None else text.fingerprint() for name, (text, _) in read.items()},
+            "way to hold the model (--blockwise)": request.blockwise,
             "model": model,
         },
         windows={name: cut.fingerprint() for name, (_, cut) in read.items()},
-        window_length=length,
-        adjustable={**adjustable, "compute dtype": str(dtype).removeprefix("torch.")},
+        window_length=request.length,
+        adjustable={**adjustable, "compute dtype": str(request.dtype).removeprefix("torch.")},
     )
 
 

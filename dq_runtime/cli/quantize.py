@@ -93,6 +93,12 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of the order of documents and of the start of rounding.")] = 0,
     compute_dtype: Annotated[str, typer.Option(help="Of the rounding loop: auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    blockwise: Annotated[
+        bool,
+        typer.Option(
+            "--blockwise", help="Hold one block at a time, read from disk; for methods that go block by block."
+        ),
+    ] = False,
     checkpoint_every: Annotated[float, typer.Option(help="Seconds between saved states.")] = 120.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this command.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
@@ -105,8 +111,8 @@ def quantize(
 
     from dq_runtime.cli.progress import Bars
     from dq_runtime.evaluate.report import table
-    from dq_runtime.pipeline import Silent
     from dq_runtime.pipeline import quantize as run
+    from dq_runtime.request import Silent
 
     spec = spec_of(
         grid=grid,
@@ -142,6 +148,7 @@ def quantize(
             checkpoint_every=checkpoint_every,
             resume=resume,
             overwrite=overwrite,
+            blockwise=blockwise,
             report_directory=report,
             listener=Silent() if as_json else bars,
         )

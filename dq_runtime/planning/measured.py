@@ -1,9 +1,9 @@
 """The first phases of a run, run for real in a process of their own: peak memory and seconds a step of each.
 
-    loading; grids and nearest; some iterations on one block of the first stage; two steps of the second
+    loading; grids and nearest; a block of the first stage, some iterations; two steps of the second
 
-on random tokens (memory does not depend on what a text says). ``python -m dq_runtime.planning.measured`` is that process:
-a question as JSON on standard input, what was measured as JSON on standard output.
+on random tokens (memory does not depend on what a text says). ``python -m dq_runtime.planning.measured`` is that
+process: a question as JSON on standard input, what was measured as JSON on standard output.
 """
 
 from __future__ import annotations

@@ -143,27 +143,24 @@ class Parts:
             return self.part(
                 "the weights file, mapped", 4 * self.shape.parameters, "4 B x (W + D), the system's to take back"
             )
-        return self.part("embedding, norms, head", 4 * self.shape.dense, "4 B x D")
+        world = 1 if self.shape.tied else self.set.world  # fully_shard holds an embedding and a head that are two
+        return self.part("embedding, norms, head", 4 * self.shape.dense / world, "4 B x D" + self.among(world))
 
     def original(self) -> Component:
         """The original weights as the layers hold them."""
         world, compact = self.set.world, self.set.compact
         how = "lo bits/8, y 2, free 1/8 B x W, scales" if compact else "lo 1, y 4, free 1 B x W, scales"
         size = original_size(self.shape, compact) / world
-        return self.part("original weights on the grid", size, how + (f", / {world}" if world > 1 else ""))
+        return self.part("original weights on the grid", size, how + self.among(world))
 
-    def nearest(self) -> Component:
-        """What is compared with in the end."""
-        how = "bits/8 B x W, scales"
-        world = self.set.world
-        return self.part(
-            "nearest, packed", packed_size(self.shape) / world, how + (f", / {world}" if world > 1 else "")
-        )
+    def packed(self, what: str) -> Component:
+        """All layers in packed form; every process has all of them."""
+        return self.part(what, packed_size(self.shape), "bits/8 B x W, scales")
 
     def latents(self) -> Component:
         world = self.set.world
         size = (LATENT * self.shape.weights + scales_size(self.shape)) / world
-        how = "u 2, m 1, v 1 B x W, scales" + (f", / {world}" if world > 1 else "")
+        how = "u 2, m 1, v 1 B x W, scales" + self.among(world)
         return self.part("state of discquant", size, how)
 
     def head_copy(self) -> list[Component]:
@@ -196,4 +193,10 @@ class Parts:
 
     def context(self) -> tuple[Component, ...]:
         """What is there in every phase once the layers are on the grid."""
-        return (*self.process(), self.dense(), self.original(), self.nearest())
+        nearest = [self.packed("nearest, packed")] if self.set.world == 1 else []  # several pack it in the end
+        return (*self.process(), self.dense(), self.original(), *nearest)
+
+    @staticmethod
+    def among(world: int) -> str:
+        """The end of the arithmetic of what ``world`` processes share."""
+        return f", / {world}" if world > 1 else ""

@@ -47,7 +47,8 @@ def _loading(parts: Parts) -> Phase:
     else:
         found.append(parts.part("weights in float32", 4 * shape.parameters, "4 B x (W + D)", HOST))
         size = shape.stored_size
-        found.append(parts.part("as stored", size * shape.parameters, f"{size} B x (W + D)", HOST))
+        if setting.world == 1:  # the processes share its pages
+            found.append(parts.part("as stored", size * shape.parameters, f"{size} B x (W + D)", HOST))
     if parts.each == GPU and setting.world == 1:
         found.append(parts.part("weights in float32, on the GPU", 4 * shape.parameters, "4 B x (W + D)"))
     return Phase("loading", tuple(found))
@@ -55,15 +56,16 @@ def _loading(parts: Parts) -> Phase:
 
 def _grids(parts: Parts) -> Phase:
     """Layer by layer from float32 to the grid, then nearest, whose codes are all there before they are packed."""
-    codes = parts.part("codes of nearest", CODES * parts.shape.weights / parts.set.world, "1 B x W")
+    size = CODES * parts.shape.weights if parts.set.world == 1 else 0
+    codes = parts.part("codes of nearest", size, "1 B x W")
     return Phase("grids and nearest", (*parts.context(), codes, parts.layer(20, "fit, neighbours, position")))
 
 
 def _streams(parts: Parts) -> list[Component]:
-    """Both streams, and what they become: hidden states of all windows, float32."""
+    """Both streams, which change in place: hidden states of all windows, float32."""
     setting = parts.set
-    size = 4 * 4 * setting.windows * setting.length * parts.shape.hidden
-    return [parts.part("hidden states, before and after", size, f"4 x 4 B x {setting.windows} x {setting.length} x H")]
+    size = 2 * 4 * setting.windows * setting.length * parts.shape.hidden
+    return [parts.part("hidden states of two streams", size, f"2 x 4 B x {setting.windows} x {setting.length} x H")]
 
 
 def block_work(parts: Parts) -> list[Component]:
@@ -81,9 +83,9 @@ def block_work(parts: Parts) -> list[Component]:
 
 
 def _blocks(parts: Parts) -> Phase:
-    codes = parts.part(
-        "codes and scales so far", CODES * parts.shape.weights + scales_size(parts.shape), "1 B x W, scales"
-    )
+    world = parts.set.world
+    size = (CODES * parts.shape.weights + scales_size(parts.shape)) / world
+    codes = parts.part("codes and scales so far", size, "1 B x W, scales" + parts.among(world))
     return Phase("blocks (first stage)" if parts.set.method == "discquant" else "blocks", (
         *parts.context(), codes, *_streams(parts), *block_work(parts)
     ))  # fmt: skip
@@ -113,7 +115,12 @@ def _latent_step(parts: Parts) -> Phase:
     found = [*parts.context(), parts.latents(), *parts.head_copy(), parts.logits()]
     found.append(parts.saved(max(1, shape.blocks), setting.length, setting.fused))
     found.append(parts.passing(setting.length))
-    found.append(parts.layer(24, "w_hat twice, its gradient, products of decoding"))
+    if parts.each == HOST:  # in C++, without products on the way
+        found.append(parts.layer(3 * setting.loop, "w_hat twice, its gradient"))
+    else:
+        found.append(parts.layer(24, "w_hat twice, its gradient, products of decoding"))
+    size = 4 * setting.windows * setting.length * shape.hidden
+    found.append(parts.part("what the original hands to its head", size, "4 B x windows x T x H", HOST))
     extra = int(setting.options.get("model_batch", 1)) > setting.world
     if extra:
         found.append(parts.part("gradients of a step, added up", 4 * shape.weights / setting.world, "4 B x W"))
@@ -140,12 +147,12 @@ def _relaxed_step(parts: Parts) -> Phase:
 
 def _writing(parts: Parts) -> Phase:
     """Codes of every layer beside their packed form, and the dense tensors in the serving dtype."""
-    shape = parts.shape
-    found = [*parts.context()]
+    shape, world = parts.shape, parts.set.world
+    found = [*parts.context(), *_chosen(parts)]
     if parts.set.method == "discquant":
         found.append(parts.latents())
-    found.append(parts.part("codes", CODES * shape.weights / parts.set.world, "1 B x W"))
-    found.append(parts.part("rounded, packed", packed_size(shape) / parts.set.world, "bits/8 B x W, scales"))
+    if world > 1:
+        found.append(parts.packed("nearest, packed"))
     found.append(parts.part("dense tensors as served", 2 * shape.dense, "2 B x D", HOST))
     return Phase("codes and checkpoint", tuple(found))
 
@@ -155,15 +162,22 @@ def _evaluating(parts: Parts) -> Phase:
     shape, setting = parts.shape, parts.set
     found = [*parts.context()]
     if setting.method != "nearest":
-        found.append(parts.part("codes", CODES * shape.weights / setting.world, "1 B x W"))
-        found.append(parts.part("rounded, packed", packed_size(shape) / setting.world, "bits/8 B x W, scales"))
-    served = packed_size(shape) + 2 * shape.dense
-    found.append(
-        parts.part("the checkpoint, read back", 2 * served, "mapped and repacked: 2 x (bits/8 B x W + 2 B x D)")
-    )
+        found += _chosen(parts)
+    if setting.world > 1:
+        found.append(parts.packed("nearest, packed"))
+    copies = 2 if parts.each == HOST else 1  # mapped, and repacked for the CPU's kernels
+    served = copies * (packed_size(shape) + 2 * shape.dense)
+    found.append(parts.part("the checkpoint, read back", served, f"{copies} x (bits/8 B x W, scales, 2 B x D)"))
     size = 6 * 4 * setting.length * shape.vocab
     found.append(parts.part("logits and what is compared", size, f"6 x 4 B x {setting.length} x {shape.vocab}"))
     return Phase("evaluation", tuple(found))
+
+
+def _chosen(parts: Parts) -> list[Component]:
+    """What the method decided, as codes and packed."""
+    world = parts.set.world
+    codes = parts.part("codes", CODES * parts.shape.weights / world, "1 B x W" + parts.among(world))
+    return [codes, parts.packed("rounded, packed")]
 
 
 def with_slack(parts: Parts, phase: Phase) -> Phase:

@@ -149,8 +149,10 @@ def durations(shape: ModelShape, setting: Setting, rates: Rates) -> list[Duratio
     if setting.method == "discquant":
         batch = int(options.get("model_batch", 1))
         steps = max(1, int(options["epochs"]) * setting.windows // batch)
-        seconds = 4 * forward * -(-batch // world) / rates.flops + rates.latent * shape.weights / world
-        found.append(Duration("whole model", steps, seconds, "teacher, student forward and backward, update"))
+        once = setting.windows / (steps * batch)  # the original runs on a window once, and then its head alone
+        runs = 3 * forward + once * forward + (1 - once) * 2 * head * t
+        seconds = runs * -(-batch // world) / rates.flops + rates.latent * shape.weights / world
+        found.append(Duration("whole model", steps, seconds, "original, student forward and backward, update"))
     if setting.method == "discquant-paper":
         steps = int(options["steps"]) or max(1, setting.windows // int(options["batch"]))
         seconds = 4 * forward * int(options["batch"]) / rates.flops + rates.relaxed * shape.weights

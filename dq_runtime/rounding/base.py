@@ -105,7 +105,8 @@ class Block(Protocol):
     def windows(self) -> int: ...
 
     def grams(self, stage: Sequence[str], cross: bool = False) -> Mapping[str, Gram]:
-        """One pass over all windows through what is installed so far; raises :class:`DQError` on NaN or infinity."""
+        """One pass over all windows through what is installed so far; raises :class:`DQError` on NaN or infinity. With
+        ``cross`` before any :meth:`target`, which takes the place of the original stream."""
         ...
 
     def second_moments(self) -> Mapping[str, Tensor]:
@@ -257,7 +258,10 @@ class Monitor(Protocol):
 @dataclass(frozen=True)
 class Job:
     """Everything a rounding method may use. ``student``, ``blocks`` and ``fisher`` are set only for methods that need
-    STUDENT, BLOCKS and FISHER; ``fisher()`` makes one pass over the calibration windows."""
+    STUDENT, BLOCKS and FISHER; ``fisher()`` makes one pass over the calibration windows.
+
+    A run that streams blocks from disk gives methods without STUDENT and FISHER one job a block. ``order`` is then the
+    place of each layer among all of the model's, for random numbers that do not depend on it (:meth:`place`)."""
 
     layers: Mapping[str, LayerProblem]
     student: Student | None
@@ -266,6 +270,11 @@ class Job:
     monitor: Monitor
     blocks: Blocks | None = None
     fisher: Callable[[], Mapping[str, Fisher]] | None = None
+    order: Mapping[str, int] | None = None
+
+    def place(self, name: str) -> int:
+        """Where a layer comes among all layers of the model that are rounded, from 0."""
+        return list(self.layers).index(name) if self.order is None else self.order[name]
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class _Run:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._order = {name: i for i, name in enumerate(job.layers)}
+        self._order = list(job.layers)
         self._choices: dict[str, Choice] = {}
         self._history: list[dict[str, float]] = []
         saved = job.store.load()
@@ -135,7 +135,7 @@ class _Run:
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers of one layer or block: the same whether or not the run was interrupted before it."""
-        return torch.Generator().manual_seed((self._job.seed * 1_000_003 + self._order[name]) % 2**63)
+        return torch.Generator().manual_seed((self._job.seed * 1_000_003 + self._job.place(name)) % 2**63)
 
     def finished(self, name: str) -> bool:
         """Whether an earlier try rounded this layer."""

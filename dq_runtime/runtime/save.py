@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,23 @@ def write_model(
     """Weights, config, tokenizer, chat template, generation config and licence files into ``directory``.
 
     ``source.model`` still holds the unquantized tensors; those of the packed layers are skipped. ``dtype`` is the
-    serving dtype of everything unquantized. ``transposed``: some packed layer is a Conv1D, which compressed-tensors
-    readers would leave randomly initialised. Where they cannot serve something, that or a table they have no name for,
-    the model type is renamed to make them fail instead.
+    serving dtype of everything unquantized. ``transposed``: some packed layer is a Conv1D.
     """
+    write_settings(directory, source, grids, transposed, dtype)
+    tensors: dict[str, Tensor] = {}
+    shift = shared_shift(packed.values())
+    for name, weight in packed.items():
+        tensors |= packed_tensors(name, weight, shift)
+    state = source.model.state_dict()
+    tensors |= {name: served(name, state[name], dtype) for name in dense_names(source.model, packed)}
+    write_weights(directory, tensors)
+
+
+def write_settings(
+    directory: Path, source: TransformersModel, grids: Mapping[str, GridSpec], transposed: bool, dtype: torch.dtype
+) -> None:
+    """All but the weights. What compressed-tensors readers cannot serve, a Conv1D (which they would leave randomly
+    initialised) or a table they have no name for, gets a model type that makes them fail instead."""
     model = source.model
     config = json.loads(model.config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "quantization_config", "torch_dtype"):
@@ -50,18 +63,6 @@ def write_model(
     if transposed or not is_standard(schemes):
         config["model_type"] = FOREIGN_PREFIX + config["model_type"]
     write_json(directory / "config.json", config)
-
-    tensors: dict[str, Tensor] = {}
-    shift = shared_shift(packed.values())
-    for name, weight in packed.items():
-        tensors |= packed_tensors(name, weight, shift)
-    for name, tensor in _dense_tensors(model, packed).items():
-        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-            raise SpecError(f"{name} does not fit in {config['dtype']}; use scale dtype bfloat16")
-        tensors[name] = stored
-    write_weights(directory, tensors)
-
     if source.tokenizer is not None:
         try:
             source.tokenizer.save_pretrained(directory)
@@ -75,12 +76,19 @@ def write_model(
             shutil.copy(file, directory / file.name)
 
 
-def _dense_tensors(model: Any, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
-    """The unquantized tensors by name, without those tied to another one; biases of packed layers included."""
+def served(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An unquantized tensor as it is stored; :class:`SpecError` where it does not fit in the serving dtype."""
+    stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise SpecError(f"{name} does not fit in {str(dtype).removeprefix('torch.')}; use scale dtype bfloat16")
+    return stored
+
+
+def dense_names(model: Any, packed: Container[str]) -> list[str]:
+    """The names of the unquantized tensors, without those tied to another one; biases of packed layers included."""
     tied = tied_names(model)
-    found = {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if name not in tied and (owner not in packed or leaf == "bias"):
-            found[name] = tensor
-    return found
+    return [
+        name
+        for name in model.state_dict()
+        if name not in tied and (name.rpartition(".")[0] not in packed or name.endswith(".bias"))
+    ]

@@ -170,14 +170,14 @@ def test_a_lowered_window_length_reads_the_same_documents(
 def test_sampled_windows_are_cut_and_not_sampled_again(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dq_runtime import pipeline
+    from dq_runtime import calibration
 
     settings: Any = {"calibration": None, "options": {"epochs": 1}}
     with monkeypatch.context() as patch:
         _injected(patch, 1)
         with pytest.raises(DQError, match="memory ran out"):
             _quantize(tiny_model, Path(), tmp_path / "out", **settings)
-    monkeypatch.setattr(pipeline, "sample_windows", None)
+    monkeypatch.setattr(calibration, "sample_windows", None)
     report = _quantize(tiny_model, Path(), tmp_path / "out", **settings, resume=True, window_length=16)
     assert report["calibration"]["window_length"] == 16
 

@@ -122,7 +122,7 @@ def test_self_sampled_text_is_sampled_once(tiny_model: Path, tmp_path: Path, mon
         _stop_after(patch, 4)
         with pytest.raises(Interrupted):
             _quantize(tiny_model, None, tmp_path / "out")
-    monkeypatch.setattr(pipeline, "sample_windows", None)  # sampling again would fail
+    monkeypatch.setattr("dq_runtime.calibration.sample_windows", None)  # sampling again would fail
     _quantize(tiny_model, None, tmp_path / "out", resume=True)
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()

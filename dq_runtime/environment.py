@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -37,6 +38,17 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(before)
+
+
+def give_back_memory(freed: int | None = None) -> None:
+    """Return freed memory to the system, where the C library is glibc; nothing below a megabyte of ``freed`` bytes.
+
+    glibc keeps freed tensors of less than 32 MB for the next ones, as it should inside a loop. From one layer or stage
+    to the next that is memory which nobody uses: 400 to 900 of 2700 MB when SmolLM2-135M was rounded, more or less by
+    chance. It takes 0.4 ms, 40 where there is much to return."""
+    if sys.platform == "linux" and (freed is None or freed >= 1 << 20):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_memory(device: str) -> int:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq_runtime.allocation import Allocation, Planner, allocate
-from dq_runtime.data import Text, Windows, pack_windows, read_texts
-from dq_runtime.data.selection import check_selection, mean_hidden_states, select_windows
+from dq_runtime.blockwise import BlockwiseRun, check_blockwise
+from dq_runtime.calibration import windows_of
+from dq_runtime.data import Text, Windows, read_texts
+from dq_runtime.data.selection import check_selection
 from dq_runtime.environment import device_name, flushed_denormals, peak_memory, resolve_device, versions
-from dq_runtime.errors import DQError, SpecError
-from dq_runtime.evaluate.figures import layer_rows, sizes
+from dq_runtime.errors import SpecError
+from dq_runtime.evaluate.figures import Measured, sizes
 from dq_runtime.evaluate.metrics import Quality, compare
 from dq_runtime.evaluate.report import Report, describe, held_out_section, write_report
 from dq_runtime.interrupt import interruptible
@@ -33,76 +34,33 @@ from dq_runtime.modules.fisher import kronecker_fisher
 from dq_runtime.modules.student import StudentModel, loop_dtype_of
 from dq_runtime.modules.student_layers import check_every_token_everywhere, student_layers
 from dq_runtime.modules.student_linear import Mode
-from dq_runtime.modules.surgery import is_conv1d, linears
+from dq_runtime.modules.surgery import is_conv1d, linears, weight_of
+from dq_runtime.out_of_memory import raise_out_of_memory
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.run_state import RunState
 from dq_runtime.packing.shared_state import one_directory, state_of
+from dq_runtime.planning.disk import check_disk
 from dq_runtime.preflight import (
-    check_disk,
     check_grid,
     check_output,
     check_processes,
     check_weights,
+    claim,
     fingerprint,
     plan,
 )
-from dq_runtime.ranks import Ranks, join
+from dq_runtime.ranks import join
+from dq_runtime.request import Listener, Request, Silent, Stage
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs, Rounded, Rounding
 from dq_runtime.rounding.base import choices_from_tensors, choices_to_tensors
 from dq_runtime.runtime.dense import licence_of, load_dense
 from dq_runtime.runtime.load import load
 from dq_runtime.runtime.save import dense_tensors, write_model
-from dq_runtime.runtime.self_text import sample_windows
+from dq_runtime.runtime.streamed import StoredModel, open_stored
 from dq_runtime.runtime.transformers_model import TransformersModel
-from dq_runtime.spec import QuantSpec
+from dq_runtime.spec import GridSpec, QuantSpec
 from dq_runtime.transforms import TRANSFORMS, Transform
 from dq_runtime.transforms import Needs as TransformNeeds
-
-
-class Stage(Protocol):
-    """Receives the progress of one stage."""
-
-    def __call__(self, step: int, total: int, **figures: float) -> None: ...
-
-
-class Listener(Protocol):
-    """Shows a run to its user; the command line draws bars, the default is silent."""
-
-    def stage(self, title: str) -> Stage: ...
-
-
-class Silent:
-    """No output."""
-
-    def stage(self, title: str) -> Stage:
-        return lambda step, total, **figures: None
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of :func:`quantize`, resolved."""
-
-    model: str
-    output: Path
-    spec: QuantSpec
-    rounding: Rounding
-    transform: Transform
-    counts: tuple[int, int]  # calibration and held-out windows
-    length: int
-    select: str  # which calibration windows, see data/selection.py
-    dtype: torch.dtype  # of the rounding loop
-    device: str
-    overwrite: bool
-    ranks: Ranks
-
-    @property
-    def full_spec(self) -> dict[str, Any]:
-        """The spec as JSON, the method's defaults filled in."""
-        return {
-            **self.spec.to_json(),
-            "transform_options": self.transform.options(),
-            "rounding": {"name": self.spec.rounding.name, "options": self.rounding.options()},
-        }
 
 
 def quantize(
@@ -121,6 +79,7 @@ def quantize(
     checkpoint_every: float = 120.0,
     resume: bool = False,
     overwrite: bool = False,
+    blockwise: bool = False,
     report_directory: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Report:
@@ -129,7 +88,8 @@ def quantize(
     ``calibration`` and ``held_out`` are text, JSONL or ``hf:`` sources. Without ``held_out``, whole documents of the
     calibration source are held out; without ``calibration``, the teacher samples both. ``calibration_select`` (random,
     coreset) says which windows of the text calibrate. ``compute_dtype`` (auto, float32, bfloat16) is that of the
-    rounding loop; everything reported is measured in float32 on what was written to disk. Every ``checkpoint_every``
+    rounding loop; everything reported is measured in float32 on what was written to disk. ``blockwise``: one block's
+    weights in memory at a time, for methods that need no more (:mod:`dq_runtime.blockwise`). Every ``checkpoint_every``
     seconds the loop saves its state in ``output.partial/``, from which ``resume`` continues to bit-identical codes.
     Nothing appears at ``output`` before it is complete, and a failed run leaves nothing but a state worth resuming. Bad
     input raises :class:`DQError`.
@@ -145,6 +105,10 @@ def quantize(
     transform: Transform = TRANSFORMS.get(spec.transform)(spec.transform_options)
     needs_text = rounding.needs != Needs.WEIGHTS or TransformNeeds.OBJECTIVE in transform.needs or bool(spec.target)
     check_grid(spec, rounding)
+    if blockwise:
+        check_blockwise(
+            spec, rounding, calibration_select, (needs_text and not calibration) or not (held_out or calibration)
+        )
     ranks, device = join(resolve_device(device))
     check_processes(spec, rounding, transform, ranks)
     request = Request(
@@ -159,6 +123,7 @@ def quantize(
         dtype=loop_dtype_of(compute_dtype, torch.device(device)),
         device=device,
         overwrite=overwrite,
+        blockwise=blockwise,
         ranks=ranks,
     )
     listener = listener if listener and ranks.first else Silent()
@@ -168,8 +133,10 @@ def quantize(
     try:
         with flushed_denormals():  # x and its moments decay towards 0; denormals there cost up to 2x
             report = _run(request, texts, state, listener, started)
-    except BaseException:
+    except BaseException as error:
         state.discard_unless_resumable()
+        lower = {**rounding.options(), "window_length": request.length, "compute_dtype": request.dtype}
+        raise_out_of_memory(error, lower, rounding.adjustable)
         raise
     state.clear()
     if report_directory is not None:
@@ -185,30 +152,24 @@ def _run(
     started: float,
 ) -> Report:
     """The straight line itself."""
-    spec, method, output, ranks = request.spec, request.spec.rounding.name, request.output, request.ranks
+    spec, output, ranks = request.spec, request.output, request.ranks
     show = listener.stage("Loading")
     show(0, 1)
-    lm = load_dense(request.model, request.device if ranks.mesh is None else "cpu")  # no GPU may have room for all
+    place = request.device if ranks.mesh is None else "cpu"  # no GPU may have room for all
+    lm = open_stored(request.model) if request.blockwise else load_dense(request.model, place)
     show(1, 1)
     if lm.context_length is not None and request.length > lm.context_length:
         raise SpecError(f"window_length {request.length} exceeds the model's context of {lm.context_length}")
-    check_weights(lm.model)
+    stored = lm if isinstance(lm, StoredModel) else None
+    check_weights(lm.model) if stored is None else stored.check_weights()
     basis = BasisChange(lm.model, spec.transform, request.transform)
     modules = linears(lm.model)
     grids = plan(modules, spec)
     planner = None if spec.target is None else Planner(modules, grids, spec)
-    check_disk(output, modules, grids, lm, Needs.STUDENT in request.rounding.needs)
-    train, held = _windows(lm, state, texts, request, listener)
-    state.claim(
-        {
-            "spec": request.full_spec,
-            "window count or length": [*request.counts, request.length],
-            "calibration text": train.fingerprint(),
-            "held-out text": held.fingerprint(),
-            "compute dtype": str(request.dtype),
-            "model": fingerprint(modules, grids),
-        }
-    )
+    check_disk(output, lm.model, modules, grids, spec.rounding.name)
+    train, held = windows_of(lm, state, texts, request, listener)
+    weights = fingerprint(stored.weights(grids) if stored else (weight_of(modules[name]) for name in grids))
+    state.claim(claim(request, texts, (train, held), weights))
 
     turned = basis.make(grids, train.tokens, request.dtype, spec.seed, state, listener.stage)
     allocation = None
@@ -216,34 +177,24 @@ def _run(
         allocation = _allocate(lm, modules, planner, train.tokens, state, listener)
         request = replace(request, spec=allocation.spec)
         spec, grids = request.spec, plan(modules, request.spec)
-    layers = student_layers(lm.model, modules, grids, request.device, ranks, listener.stage("Fitting grids"))
-    transposed = any(is_conv1d(modules[name]) for name in grids)
+    if stored is not None:
+        made = _streamed(stored, grids, train, held, request, state, listener)
+    else:
+        made = _whole(lm, modules, grids, train, held, request, state, listener)
     del modules, basis
-    student = StudentModel(lm.model, layers, train.tokens, request.dtype)
-    result = None if method == "nearest" else _resumable(student, request, state, listener)
-    began = time.monotonic()
-    nearest = _pack(
-        student, ROUNDINGS.get("nearest")({}).round(_job(student, request, state, Silent().stage(""))).choices
-    )
-    rounded, history, rounding_seconds = nearest, list[dict[str, float]](), time.monotonic() - began
-    if result is not None:
-        rounded, history, rounding_seconds = _pack(student, result.choices), result.history, state.seconds()
 
     with one_directory(output, request.overwrite, ranks) as directory:
-        dtype, dense = getattr(torch, spec.grid.scale_dtype), dense_tensors(lm.model, rounded)
-        ranks.once(write_model, directory, lm, rounded, grids, transposed, dtype, dense)
-        del dense
-        results = _evaluate(student, nearest, request, directory, held, listener.stage("Evaluating"))
-        rows = layer_rows(layers, rounded, nearest)
+        made.write(directory)
+        measured = made.measure(directory)
+        rows = measured.rows
         report: Report = {
             "model": _display_name(lm, request.model),
             "spec": request.full_spec,
-            **sizes(lm.model, rounded, directory, turned.original_parameters),
+            **sizes(lm.model, measured.weights, measured.packed_bytes, directory, turned.original_parameters),
             "transform": turned.figures,
             "allocation": None if allocation is None else allocation.figures,
             "moved_from_nearest": sum(r["moved"] * r["weights"] for r in rows) / sum(r["weights"] for r in rows),
-            # A grid that the method moved is its own: codes and errors then say nothing against another's.
-            "learned_scales": any(not torch.equal(w.scale, nearest[name].scale) for name, w in rounded.items()),
+            "learned_scales": measured.learned_scales,
             "calibration": {
                 "source": train.source,
                 "windows": request.counts[0],
@@ -251,53 +202,25 @@ def _run(
                 "sha256": train.fingerprint(),
             },
             "held_out": {
-                **held_out_section(results, held.source, [request.counts[1], request.length]),
+                **held_out_section(measured.results, held.source, [request.counts[1], request.length]),
                 "sha256": held.fingerprint(),
             },
-            "rounding_seconds": rounding_seconds,
+            "rounding_seconds": made.seconds,
             "seconds": time.monotonic() - started,
             "peak_memory_bytes": peak_memory(request.device),
             "compute_dtype": str(request.dtype).removeprefix("torch."),
+            "adjusted": state.adjusted,
             "device": device_name(request.device),
             "threads": torch.get_num_threads(),
             "processes": ranks.world,
             "versions": versions(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": shlex.join(sys.argv),
-            "history": history,
+            "history": made.history,
             "layers": rows,
         }
         ranks.once(describe, report, directory, licence_of(request.model))
     return report
-
-
-def _windows(
-    lm: TransformersModel,
-    state: RunState,
-    texts: tuple[Text | None, Text | None],
-    request: Request,
-    listener: Listener,
-) -> tuple[Windows, Windows]:
-    """Calibration and held-out windows; where there is no text the teacher samples it, once per output."""
-    to_sample = sum(count for text, count in zip(texts, request.counts, strict=True) if text is None)
-    sampled = state.windows("sampled") if to_sample else torch.empty(0, request.length, dtype=torch.int64)
-    if sampled is None:
-        show = listener.stage("Sampling text from the model")
-        sampled = sample_windows(lm, to_sample, request.length, request.spec.seed, show).tokens
-        state.save_windows("sampled", sampled)
-    made = []
-    for i, (text, count) in enumerate(zip(texts, request.counts, strict=True)):
-        if text is None:
-            made.append(Windows(sampled[:count], "text sampled from the teacher itself"))
-            sampled = sampled[count:]
-        elif lm.tokenizer is None:
-            raise DQError(f"{lm.path} has no tokenizer to read {text.source} with; leave text out to sample token ids")
-        else:
-            length, seed = request.length, request.spec.seed + i
-            pack = partial(pack_windows, text.documents, lm.tokenizer, length=length, seed=seed, source=text.source)
-            look = partial(mean_hidden_states, lm.model, stage=listener.stage)
-            made.append(select_windows(pack, count, "random" if i else request.select, seed, look))
-    return made[0], made[1]
 
 
 def _allocate(
@@ -311,6 +234,72 @@ def _allocate(
     with interruptible() as asked:
         state.asked_to_stop = asked
         return allocate(lm.model, modules, planner, windows, state, listener.stage("Measuring sensitivity"))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A rounding that is done: the figures of its steps, its seconds, and how what it chose is written to a directory
+    and then measured there."""
+
+    history: list[dict[str, float]]
+    seconds: float
+    write: Callable[[Path], None]
+    measure: Callable[[Path], Measured]
+
+
+def _streamed(
+    lm: StoredModel,
+    grids: Mapping[str, GridSpec],
+    train: Windows,
+    held: Windows,
+    request: Request,
+    state: RunState,
+    listener: Listener,
+) -> _Made:
+    """One block after the other, read when its turn comes."""
+    windows = train.tokens if len(train.tokens) else held.tokens[:1]  # nearest runs the model only to be measured
+    run = BlockwiseRun(lm, grids, request.spec, windows, request.dtype, request.device, state)
+    history = run.round(request.rounding, listener.stage(request.spec.rounding.name))
+    show = listener.stage("Evaluating")
+    return _Made(history, state.seconds(), run.write, lambda directory: run.measure(directory, held.tokens, show))
+
+
+def _whole(
+    lm: TransformersModel,
+    modules: dict[str, Any],
+    grids: Mapping[str, GridSpec],
+    train: Windows,
+    held: Windows,
+    request: Request,
+    state: RunState,
+    listener: Listener,
+) -> _Made:
+    """All layers in memory; every :class:`StudentLinear` takes the place of its linear."""
+    spec, ranks = request.spec, request.ranks
+    transposed = any(is_conv1d(modules[name]) for name in grids)
+    layers = student_layers(lm.model, modules, grids, request.device, ranks, listener.stage("Fitting grids"))
+    modules.clear()
+    student = StudentModel(lm.model, layers, train.tokens, request.dtype)
+    result = None if spec.rounding.name == "nearest" else _resumable(student, request, state, listener)
+    began = time.monotonic()
+    nearest = _pack(
+        student, ROUNDINGS.get("nearest")({}).round(_job(student, request, state, Silent().stage(""))).choices
+    )
+    rounded, history, seconds = nearest, list[dict[str, float]](), time.monotonic() - began
+    if result is not None:
+        rounded, history, seconds = _pack(student, result.choices), result.history, state.seconds()
+    dtype = getattr(torch, spec.grid.scale_dtype)
+
+    def write(directory: Path) -> None:
+        dense = dense_tensors(lm.model, rounded)  # gathered by all, written by one
+        ranks.once(write_model, directory, lm, rounded, grids, transposed, dtype, dense)
+
+    def measure(directory: Path) -> Measured:
+        measured = Measured(_evaluate(student, nearest, request, directory, held, listener.stage("Evaluating")))
+        measured.add(layers, rounded, nearest)
+        return measured
+
+    return _Made(history, seconds, write, measure)
 
 
 def _job(student: StudentModel, request: Request, state: RunState, show: Stage) -> Job:

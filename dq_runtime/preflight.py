@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dq_runtime.data import Text, Windows
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.grids import GRIDS
 from dq_runtime.levels import INT
 from dq_runtime.modules.surgery import weight_of
+from dq_runtime.packing.run_state import Claim
 from dq_runtime.ranks import Ranks
+from dq_runtime.request import Request
 from dq_runtime.rounding import ROUNDINGS, Rounding
-from dq_runtime.runtime.transformers_model import TransformersModel
 from dq_runtime.spec import GridSpec, QuantSpec
 from dq_runtime.transforms import Needs as TransformNeeds
 from dq_runtime.transforms import Transform
@@ -90,30 +92,40 @@ def plan(modules: Mapping[str, Any], spec: QuantSpec) -> dict[str, GridSpec]:
     return plan
 
 
-def check_disk(
-    output: Path, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], lm: TransformersModel, with_state: bool
-) -> None:
-    """Refuse now rather than after hours: output, plus x, m and v in float32 while a student is rounded."""
-    sizes = {name: weight_of(modules[name]).shape for name in grids}
-    weights = sum(n * k for n, k in sizes.values())
-    # A code and its share of a 16-bit scale and a zero point of at most 8 bits.
-    packed = sum(n * (k * grids[name].bits + 24 * grids[name].groups(k)) // 8 for name, (n, k) in sizes.items())
-    dense = sum(p.numel() for p in lm.model.parameters()) - weights
-    needed = packed + 2 * dense + (2 * 12 * weights if with_state else 0)  # a new state is written beside the old one
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise DQError(
-            f"{existing} has {free / 1e9:.1f} GB free, but this run needs {needed / 1e9:.1f} GB; free some space"
-        )
-
-
-def fingerprint(modules: Mapping[str, Any], grids: Mapping[str, GridSpec]) -> str:
-    """Hash of the largest magnitude of every row: the same model gives the same, a fine-tuned one does not."""
+def fingerprint(weights: Iterable[Tensor]) -> str:
+    """Hash of the largest magnitude of every row of the weights [N, K] that will be quantized: the same model gives the
+    same, a fine-tuned one does not."""
     digest = hashlib.sha256()
-    for name in grids:
-        digest.update(weight_of(modules[name]).detach().float().abs().amax(1).cpu().numpy().tobytes())
+    for weight in weights:
+        digest.update(weight.detach().float().abs().amax(1).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def claim(
+    request: Request, texts: tuple[Text | None, Text | None], windows: tuple[Windows, Windows], model: str
+) -> Claim:
+    """What a run is known by; ``model``: its :func:`fingerprint`.
+
+    A run that diverged or ran out of memory may go on with another lr, dtype or batch, where the method's state does
+    not depend on those, and with shorter windows of the same documents. Anything else would make another checkpoint.
+    """
+    spec = request.full_spec
+    options = spec["rounding"]["options"]
+    adjustable = {name: value for name, value in options.items() if name in request.rounding.adjustable}
+    kept = {name: value for name, value in options.items() if name not in adjustable}
+    read = dict(zip(("calibration text", "held-out text"), zip(texts, windows, strict=True), strict=True))
+    return Claim(
+        fixed={
+            "spec": {**spec, "rounding": {"name": spec["rounding"]["name"], "options": kept}},
+            "count of calibration or held-out windows": [len(w.tokens) for w in windows],
+            **{name: None if text is None else text.fingerprint() for name, (text, _) in read.items()},
+            "way to hold the model (--blockwise)": request.blockwise,
+            "model": model,
+        },
+        windows={name: cut.fingerprint() for name, (_, cut) in read.items()},
+        window_length=request.length,
+        adjustable={**adjustable, "compute dtype": str(request.dtype).removeprefix("torch.")},
+    )
 
 
 def check_grid(spec: QuantSpec, rounding: Rounding) -> None:

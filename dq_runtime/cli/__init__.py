@@ -37,11 +37,12 @@ def _register_once() -> None:
         export,
         generate,
         inspect,
+        plan,
         quantize,
         serve,
     )
 
-    for module in (quantize, compare, evaluate, export, check, generate, chat, serve, inspect, backends, bench):
+    for module in (quantize, plan, compare, evaluate, export, check, generate, chat, serve, inspect, backends, bench):
         module.register(app)
 
 

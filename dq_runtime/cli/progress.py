@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dq_runtime.environment import peak_memory
-from dq_runtime.pipeline import Stage
+from dq_runtime.request import Stage
 
 
 class Bars:

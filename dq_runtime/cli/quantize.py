@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dq_runtime.spec import QuantSpec
 
 # Listed here because the registry's package imports torch, which --help should not wait for.
 ROUNDING_NAMES = (
@@ -90,6 +93,12 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of the order of documents and of the start of rounding.")] = 0,
     compute_dtype: Annotated[str, typer.Option(help="Of the rounding loop: auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    blockwise: Annotated[
+        bool,
+        typer.Option(
+            "--blockwise", help="Hold one block at a time, read from disk; for methods that go block by block."
+        ),
+    ] = False,
     checkpoint_every: Annotated[float, typer.Option(help="Seconds between saved states.")] = 120.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this command.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
@@ -101,30 +110,27 @@ def quantize(
     from rich.table import Table
 
     from dq_runtime.cli.progress import Bars
-    from dq_runtime.errors import SpecError
     from dq_runtime.evaluate.report import table
-    from dq_runtime.pipeline import Silent
     from dq_runtime.pipeline import quantize as run
     from dq_runtime.ranks import is_first_process
-    from dq_runtime.spec import PER_ROW, GridSpec, Override, QuantSpec, RoundingSpec, Target
+    from dq_runtime.request import Silent
 
-    options, transform_options = (
-        _pairs(flag, items or []) for flag, items in (("--set", option), ("--transform-set", transform_option))
-    )
-    if group_size not in (None, "row") and not group_size.isdecimal():
-        raise SpecError(f"--group-size must be 16, 32, 64, 128 or row, got {group_size!r}")
-    group = None if group_size is None else PER_ROW if group_size == "row" else int(group_size)
-    symmetric = False if asymmetric else None
-    spec = QuantSpec(
-        grid=GridSpec.named(
-            grid, bits=bits, group_size=group, symmetric=symmetric, scale=scale, scale_dtype=scale_dtype
-        ),
+    spec = spec_of(
+        grid=grid,
+        bits=bits,
+        target_bpw=target_bpw,
+        bits_choices=bits_choices,
+        unfused=unfused,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        scale=scale,
+        scale_dtype=scale_dtype,
+        rounding=rounding,
         transform=transform,
-        transform_options=transform_options,
-        rounding=RoundingSpec(rounding, options),
-        ignore=("lm_head",) if ignore is None else tuple(ignore),
-        overrides=tuple(Override.parse(o) for o in override or []),
-        target=None if target_bpw is None else Target(target_bpw, _bit_widths(bits_choices), not unfused),
+        transform_option=transform_option,
+        option=option,
+        override=override,
+        ignore=ignore,
         seed=seed,
     )
     with Bars() as bars:
@@ -143,6 +149,7 @@ def quantize(
             checkpoint_every=checkpoint_every,
             resume=resume,
             overwrite=overwrite,
+            blockwise=blockwise,
             report_directory=report,
             listener=Silent() if as_json else bars,
         )
@@ -171,6 +178,50 @@ def quantize(
         f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB. "
         f"Checkpoint: {output}. Report: {(report or output) / 'report.html'}",
         soft_wrap=True,
+    )
+
+
+def spec_of(
+    *,
+    grid: str,
+    bits: int | None,
+    target_bpw: float | None,
+    bits_choices: str,
+    unfused: bool,
+    group_size: str | None,
+    asymmetric: bool,
+    scale: str,
+    scale_dtype: str | None,
+    rounding: str,
+    transform: str,
+    transform_option: list[str] | None,
+    option: list[str] | None,
+    override: list[str] | None,
+    ignore: list[str] | None,
+    seed: int,
+) -> QuantSpec:
+    """The spec of these options of the command line."""
+    from dq_runtime.errors import SpecError
+    from dq_runtime.spec import PER_ROW, GridSpec, Override, QuantSpec, RoundingSpec, Target
+
+    options, transform_options = (
+        _pairs(flag, items or []) for flag, items in (("--set", option), ("--transform-set", transform_option))
+    )
+    if group_size not in (None, "row") and not group_size.isdecimal():
+        raise SpecError(f"--group-size must be 16, 32, 64, 128 or row, got {group_size!r}")
+    group = None if group_size is None else PER_ROW if group_size == "row" else int(group_size)
+    symmetric = False if asymmetric else None
+    return QuantSpec(
+        grid=GridSpec.named(
+            grid, bits=bits, group_size=group, symmetric=symmetric, scale=scale, scale_dtype=scale_dtype
+        ),
+        transform=transform,
+        transform_options=transform_options,
+        rounding=RoundingSpec(rounding, options),
+        ignore=("lm_head",) if ignore is None else tuple(ignore),
+        overrides=tuple(Override.parse(o) for o in override or []),
+        target=None if target_bpw is None else Target(target_bpw, _bit_widths(bits_choices), not unfused),
+        seed=seed,
     )
 
 

@@ -24,7 +24,8 @@ from dq_runtime.evaluate.metrics import compare
 from dq_runtime.evaluate.perplexity import perplexity, running_text
 from dq_runtime.evaluate.report import held_out_section
 from dq_runtime.packing.checkpoint import open_checkpoint
-from dq_runtime.pipeline import Silent, Stage, quantize
+from dq_runtime.pipeline import quantize
+from dq_runtime.request import Silent, Stage
 from dq_runtime.runtime.dense import load_dense
 from dq_runtime.runtime.language_model import LanguageModel
 from dq_runtime.runtime.load import load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from dq_runtime.data.documents import read_documents
@@ -15,6 +16,14 @@ class Text:
 
     documents: list[str]
     source: str
+
+    def fingerprint(self) -> str:
+        """sha256 of the documents in their order."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            encoded = document.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        return digest.hexdigest()
 
 
 def read_texts(calibration: str | None, held_out: str | None, seed: int) -> tuple[Text | None, Text | None]:

@@ -45,27 +45,38 @@ class Watch:
 
 class Trace:
     """One pass of the first window through the model: in which order layers run, which share an input, and with which
-    arguments every block is called (positions and masks are those of any window of this length)."""
+    arguments every block is called (positions and masks are those of any window of this length). Of what runs through
+    the model only one block's is kept at a time.
+
+    ``blocks`` is empty where they are not run one after the other, each on what the one before returned. ``bare``: they
+    return hidden states and nothing else.
+    """
 
     def __init__(self, student: StudentModel, blocks: list[nn.Module]) -> None:
-        self.order: list[str] = []
         self.calls: list[Call] = []
-        entered: list[Tensor] = []
-        left: list[Tensor] = []
+        self.stages: list[list[list[str]]] = []
+        self.bare = True
+        order: dict[str, None] = {}
         inputs: dict[str, Tensor] = {}
+        chained, left = True, list[Tensor]()  # what the last block returned
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal chained
             hidden, call = _hidden_of(args, kwargs)
-            entered.append(hidden)
+            turn = len(self.calls)
+            in_turn = turn == len(self.stages) < len(blocks) and module is blocks[turn]
+            chained = chained and in_turn and all(torch.equal(before, hidden) for before in left)
             self.calls.append(call)
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            left.append(first(output))
+            left[:] = [first(output)]
+            self.bare = self.bare and isinstance(output, Tensor)
+            self.stages.append(_stages(student, module, inputs))
+            inputs.clear()
 
         def see(name: str, h: Tensor) -> None:
-            if name not in inputs:
-                self.order.append(name)
-                inputs[name] = h
+            order.setdefault(name)
+            inputs.setdefault(name, h)
 
         hooks = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
         hooks += [b.register_forward_hook(leave) for b in blocks]
@@ -75,34 +86,36 @@ class Trace:
         finally:
             for hook in hooks:
                 hook.remove()
-        chained = len(entered) == len(blocks) and all(
-            torch.equal(out, into) for out, into in zip(left, entered[1:], strict=False)
-        )
-        self.blocks = blocks if chained else []
-        self.order += [name for name in student.layers if name not in inputs]
-        self.stages = [self._stages(student, block, inputs) for block in self.blocks]
+        self.blocks = blocks if chained and len(self.stages) == len(blocks) else []
+        if not self.blocks:
+            self.stages = []
+        self.order = [*order, *(name for name in student.layers if name not in order)]
         inside = {name for stages in self.stages for stage in stages for name in stage}
         self.first_inside = next((i for i, name in enumerate(self.order) if name in inside), len(self.order))
 
-    def _stages(self, student: StudentModel, block: nn.Module, inputs: Mapping[str, Tensor]) -> list[list[str]]:
-        members = {id(module) for module in block.modules()}
-        names = [name for name in self.order if id(student.layers[name]) in members]
-        stages: list[list[str]] = []
-        for name in names:
-            same = stages and name in inputs and inputs[name] is inputs.get(stages[-1][0])
-            if same:
-                stages[-1].append(name)
-            else:
-                stages.append([name])
-        return stages
+
+def _stages(student: StudentModel, block: nn.Module, inputs: Mapping[str, Tensor]) -> list[list[str]]:
+    """The layers of a block in the order of ``inputs``, what each was called with, grouped where that is one tensor;
+    then, each for itself, those that were not called."""
+    members = {id(module) for module in block.modules()}
+    names = [name for name, layer in student.layers.items() if id(layer) in members]
+    stages: list[list[str]] = []
+    for name in inputs:
+        if name not in names:
+            continue
+        if stages and inputs[name] is inputs[stages[-1][0]]:
+            stages[-1].append(name)
+        else:
+            stages.append([name])
+    return stages + [[name] for name in names if name not in inputs]
 
 
 class _Reached(Exception):  # noqa: N818 (not an error)
     """Raised to leave the model's forward pass where what follows is not wanted."""
 
 
-def run_until(student: StudentModel, block: nn.Module, window: int) -> Tensor:
-    """What enters ``block`` for one window, [1, T, H]."""
+def run_until(student: StudentModel, block: nn.Module, tokens: Tensor) -> Tensor:
+    """What enters ``block`` for one window int64 [T], [1, T, H]."""
     found: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,7 +124,7 @@ def run_until(student: StudentModel, block: nn.Module, window: int) -> Tensor:
 
     hook = block.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        student.logits(student.tokens[window])
+        student.logits(tokens)
     except _Reached:
         pass
     finally:

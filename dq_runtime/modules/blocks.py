@@ -2,8 +2,8 @@
 
 The original stream holds what the original model computes, the rounded one what it computes with the choices installed
 so far. Both are held for the current block only: 4 bytes x windows x length x hidden each (151 MB for 128 windows of
-512 tokens at hidden 576), so the cost is three forward passes through the model and no gradient through more than a
-block.
+512 tokens at hidden 576), what leaves a block in the place of what entered it; so the cost is three forward passes
+through the model and no gradient through more than a block.
 
 The blocks are the entries of the model's largest ModuleList with quantized layers in them. A layer outside of it
 (an untied lm_head, OPT's project_in) is a block of its own, fed by running the model up to it; so is every layer of a
@@ -14,15 +14,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import DQError
 from dq_runtime.modules.block_trace import Call, Trace, Watch, block_list, inputs_of, run_until
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import Mode, StudentLinear
 from dq_runtime.rounding.base import Block, Choice, Gram, Weights, fixed, whole_choice
+
+
+class Stream(Protocol):
+    """The hidden states of every window, [1, T, H] each."""
+
+    def __getitem__(self, window: int) -> Tensor: ...
+
+    def __setitem__(self, window: int, hidden: Tensor) -> None: ...
 
 
 class ModelBlocks:
@@ -34,6 +44,7 @@ class ModelBlocks:
     @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
         student = self._student
+        give_back_memory()  # of the grids and of nearest
         for layer in student.layers.values():
             layer.candidate = layer.weight
             layer.mode, layer.compute_dtype = Mode.CANDIDATE, student.compute_dtype
@@ -52,15 +63,15 @@ class ModelBlocks:
             yield LoneLayer(self._student, name)
         if trace.blocks:
             student = self._student
-            rounded = [run_until(student, trace.blocks[0], window) for window in range(student.windows)]
-            originals = rounded
+            rounded = [run_until(student, trace.blocks[0], tokens) for tokens in student.tokens]
+            originals = list(rounded)
             if before:
                 with originally(student):
-                    originals = [run_until(student, trace.blocks[0], window) for window in range(student.windows)]
+                    originals = [run_until(student, trace.blocks[0], tokens) for tokens in student.tokens]
             for module, call, stages in zip(trace.blocks, trace.calls, trace.stages, strict=True):
                 block = TransformerBlock(student, module, call, stages, originals, rounded)
                 yield block
-                originals, rounded = block.carried()
+                block.carry()
         for name in lone[len(before) :]:
             yield LoneLayer(self._student, name)
 
@@ -124,7 +135,8 @@ class _Streams(ABC):
 
 
 class TransformerBlock(_Streams):
-    """One entry of the model's list of blocks."""
+    """One entry of the model's list of blocks. ``originals`` and ``rounded`` are what enters it and become what leaves
+    it: the one when a target is first asked for, the other by :meth:`carry`."""
 
     def __init__(
         self,
@@ -132,17 +144,18 @@ class TransformerBlock(_Streams):
         module: nn.Module,
         call: Call,
         stages: Sequence[Sequence[str]],
-        originals: list[Tensor],
-        rounded: list[Tensor],
+        originals: Stream,
+        rounded: Stream,
     ) -> None:
         super().__init__(student, stages)
         self._module, self._call = module, call
         self._originals, self._rounded = originals, rounded
         self._weights = {name: layer.candidate for name, layer in self.layers.items()}
-        self._targets: list[Tensor] = []
+        self._reached = False  # whether `originals` holds the targets
 
     @torch.no_grad()
     def grams(self, stage: Sequence[str], cross: bool = False) -> dict[str, Gram]:
+        assert not (cross and self._reached), "the targets have taken the place of the original stream"
         sums = _Sums(self.layers, stage, cross)
         for window in range(self.windows):
             if cross:
@@ -154,22 +167,27 @@ class TransformerBlock(_Streams):
 
     @torch.no_grad()
     def target(self, windows: Sequence[int]) -> Tensor:
-        if not self._targets:
-            self._targets = [self._original(window) for window in range(self.windows)]
-        return torch.cat([self._targets[window] for window in windows]).float()
+        self._reach()
+        return torch.cat([self._originals[window] for window in windows]).float()
 
     def output(self, windows: Sequence[int], weights: Weights) -> Tensor:
         inputs = torch.cat([self._rounded[window] for window in windows])
         with torch.enable_grad():
             return self._with(weights, lambda: self._forward(inputs))
 
-    def carried(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Both streams after this block, as it is now; the layers keep their choices."""
-        self.target([0])
-        rounded = [self._forward(hidden) for hidden in self._rounded]
+    def carry(self) -> None:
+        """Bring both streams through this block as it is now; the layers keep their choices."""
+        self._reach()
+        for window in range(self.windows):
+            self._rounded[window] = self._forward(self._rounded[window])
         for name, layer in self.layers.items():  # only a layer outside of all blocks will ask for these again
             layer.candidate = self._lazily(name)
-        return self._targets, rounded
+
+    def _reach(self) -> None:
+        if not self._reached:
+            for window in range(self.windows):
+                self._originals[window] = self._original(window)
+            self._reached, self._weights = True, {}
 
     def _original(self, window: int) -> Tensor:
         kept = {name: layer.candidate for name, layer in self.layers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dq_runtime.backends import training
+from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import SpecError
 from dq_runtime.modules.fused_layers import FusedLayers
 from dq_runtime.modules.kl import mean_kl
@@ -167,6 +169,8 @@ class StudentModel:
         for layer in self.layers.values():
             layer.end_relaxation()
             layer.candidate = None
+        gc.collect()  # a trained layer and the hook on its gradient hold each other, 4 bytes a weight
+        give_back_memory()
 
     def _narrow_head(self) -> None:
         """Cast the weight of an unquantized lm_head once, which autocast would do twice a step (40 of 3000 ms in

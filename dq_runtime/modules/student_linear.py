@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dq_runtime.backends import dispatch, training
 from dq_runtime.backends.training import Lerp
 from dq_runtime.backends.training_reference import lerp_slope, lerp_weight
+from dq_runtime.environment import give_back_memory
 from dq_runtime.grids import Grid, Scales
 from dq_runtime.levels import INT
 from dq_runtime.modules.ops import qmm
@@ -55,7 +56,7 @@ class StudentLinear(nn.Module):
     """Replaces a linear while its model is rounded; see the module docstring for the algebra.
 
     ``compute_dtype`` is the dtype of the teacher's and the relaxed student's matmuls; the packed weights go through the
-    same ``qmm`` that serves them.
+    same ``qmm`` that serves them. A layer made of a weight on the meta device holds nothing until :meth:`hold`.
     """
 
     _lo: Tensor
@@ -69,17 +70,10 @@ class StudentLinear(nn.Module):
         super().__init__()
         self.grid = grid
         self.out_features, self.in_features = w.shape
-        w = w.detach().float()
-        scales = grid.fit(w)
-        lo, hi = grid.neighbours(w, scales)
-        y, free = grid.position(w, scales) - lo, hi > lo
-        self.compact = training.holds_compactly(w.device)
-        self.half_state = self.compact and training.half_state()
-        self.register_buffer("_lo", pack_codes(lo, grid.spec.bits) if self.compact else lo)
-        self.register_buffer("_y", y.half() if self.compact else y)
-        self.register_buffer("_free", training.pack_flags(free) if self.compact else free)
-        self.register_buffer("scale", scales.scale)
-        self.register_buffer("zero", scales.zero)
+        self.compact = self.half_state = False
+        for name in ("_lo", "_y", "_free", "scale"):
+            self.register_buffer(name, torch.empty(0))
+        self.register_buffer("zero", None)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.x = nn.Parameter(torch.empty(0), requires_grad=False)  # allocated by begin_relaxation
         self.mode = Mode.TEACHER
@@ -87,6 +81,27 @@ class StudentLinear(nn.Module):
         self.packed: PackedWeight | None = None
         self.candidate: Callable[[], Tensor] | None = None  # any weight [N, K], built when needed
         self.observer: Callable[[Tensor], object] | None = None  # sees the inputs [..., K]
+        if not w.is_meta:
+            self.hold(w)
+
+    def hold(self, w: Tensor) -> None:
+        """Put the weight [N, K], of any float dtype, on its grid, and hold it on ``w``'s device."""
+        give_back_memory(4 * w.numel())  # of the layer before: fitting takes several times what is kept
+        w = w.detach().float()
+        scales = self.grid.fit(w)
+        lo, hi = self.grid.neighbours(w, scales)
+        y, free = self.grid.position(w, scales) - lo, hi > lo
+        self.compact = training.holds_compactly(w.device)
+        self.half_state = self.compact and training.half_state()
+        self._lo = pack_codes(lo, self.grid.spec.bits) if self.compact else lo
+        self._y = y.half() if self.compact else y
+        self._free = training.pack_flags(free) if self.compact else free
+        self.scale, self.zero = scales.scale, scales.zero
+
+    def release(self) -> None:
+        """Give back all that :meth:`hold` took, and whatever weight was put in its place."""
+        self._lo = self._y = self._free = self.scale = torch.empty(0)
+        self.zero = self.candidate = self.packed = None
 
     def share(self, ranks: Ranks) -> None:
         """Keep the rows of this process of all that is stored."""

@@ -36,11 +36,16 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias
 
 
+def tied_to(model: Any) -> dict[str, str]:
+    """Of a transformers model's tensors that are another tensor under a second name: that other's name."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return {}
+    return dict(model.all_tied_weights_keys)
+
+
 def tied_names(model: Any) -> set[str]:
     """Names of a transformers model's tensors that are another tensor under a second name: not stored, not missing."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return set()
-    return set(model.all_tied_weights_keys)
+    return set(tied_to(model))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,16 +62,31 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
+    names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        save_tensors(directory / name, shard, {"format": "pt"})
-        (directory / name).chmod(0o644)  # the library creates 0600, which a server's own user could not read
+        write_shard(directory / name, shard)
     if len(shards) > 1:
-        weight_map = {t: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(t.nbytes for t in tensors.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_index(directory, dict(zip(names, shards, strict=True)), total)
+
+
+def shard_names(count: int) -> list[str]:
+    """What ``count`` files of weights are called."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One file of weights."""
+    save_tensors(path, tensors, {"format": "pt"})
+    path.chmod(0o644)  # the library creates 0600, which a server's own user could not read
+
+
+def write_index(directory: Path, shards: Mapping[str, Iterable[str]], total: int) -> None:
+    """Which file holds which tensors, by name; ``total``: the bytes of all of them."""
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, value: Any) -> None:

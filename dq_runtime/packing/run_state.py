@@ -1,15 +1,18 @@
 """The state of a quantization in progress, in ``OUT.partial/``: what ``--resume`` needs to continue bit for bit.
 
-``request.json`` says what is being made; a resumed run that asks for anything else is refused. ``state.safetensors``
-holds the method's tensors with its step and history in the header: one file, one rename, never half a state.
+``request.json`` says what is being made; a resumed run that asks for anything else is refused, but for what a run that
+diverged or ran out of memory has to lower. ``state.safetensors`` holds the method's tensors, its step and history in
+the header: one file, one rename, never half a state.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,17 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         raise CheckpointError(f"{path} is damaged ({e}); delete {path.parent} and start again") from None
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What a run makes. Of a resumed run ``fixed`` must be the same; ``windows`` too, unless ``window_length`` was
+    lowered; ``adjustable`` (dtype of the loop, rates, batches) may change, in the loop's next steps."""
+
+    fixed: Mapping[str, Any]
+    windows: Mapping[str, Any]
+    window_length: int
+    adjustable: Mapping[str, Any]
+
+
 class RunState:
     """Implements the ``StateStore`` contract of rounding over a directory beside the output."""
 
@@ -43,6 +57,7 @@ class RunState:
         self.directory = output.with_name(output.name + ".partial")
         self.every = every
         self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.adjusted: list[str] = []  # what resumed runs have changed, in words
         self._last = time.monotonic()
         self._found = False
 
@@ -56,24 +71,40 @@ class RunState:
         if resume:  # whoever was writing the output is gone; a killed process could not clean up after itself
             remove_unfinished(self.output)
 
-    def claim(self, request: Mapping[str, Any]) -> None:
+    def claim(self, claim: Claim) -> None:
         """Write down what is being made, or refuse to continue a state that was made for something else."""
         self.directory.mkdir(parents=True, exist_ok=True)
         file = self.directory / "request.json"
-        wanted = json.loads(json.dumps(request))
-        if not file.exists():
-            replace_file(file, lambda p: p.write_text(json.dumps(wanted, indent=2), encoding="utf-8"))
-            return
+        wanted = json.loads(json.dumps(asdict(claim)))
+        if file.exists():
+            self._compare(file, wanted)
+        if not file.exists() or self.adjusted:
+            text = json.dumps(wanted | {"adjusted": self.adjusted}, indent=2)
+            replace_file(file, lambda p: p.write_text(text, encoding="utf-8"))
+
+    def _compare(self, file: Path, wanted: Mapping[str, Any]) -> None:
+        """Refuse what must not change; tell the user, and remember, what did."""
         try:
-            previous = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+            length = int(before["window_length"])
+            same = ("fixed", "windows") if length == wanted["window_length"] else ("fixed",)
+            changed = [key for part in same for key in wanted[part] if before[part].get(key) != wanted[part][key]]
+            old = before["adjustable"] | {"window_length": length}
+            self.adjusted = list(before["adjusted"])
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(f"{file} is damaged; delete {self.directory} and start again") from None
-        changed = [key for key in wanted if previous.get(key) != wanted[key]]
+        if length < wanted["window_length"]:
+            changed.append("window_length (it may be lowered, not raised)")
         if changed:
             raise SpecError(
                 f"{self.directory} was made with a different {' and '.join(changed)}; repeat the original options, or "
                 "delete it to start again"
             )
+        new = wanted["adjustable"] | {"window_length": wanted["window_length"]}
+        moved = [f"{key} {new[key]} instead of {old.get(key)}" for key in new if new[key] != old.get(key)]
+        if moved:
+            logging.getLogger("dq").warning("note: goes on with %s", ", ".join(moved))
+        self.adjusted += moved
 
     def windows(self, name: str) -> Tensor | None:
         """Token windows saved by an earlier try (sampling them from the teacher takes minutes)."""

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dq_runtime.errors import CheckpointError, DQError, SpecError
 from dq_runtime.packing.atomic import TOGETHER, new_directory, replace_file
-from dq_runtime.packing.run_state import RunState
+from dq_runtime.packing.run_state import Claim, RunState
 from dq_runtime.ranks import Ranks
 
 
@@ -56,14 +57,15 @@ class SharedState(RunState):
         super().open(resume)
         self._ranks.wait()  # the first must not make the directory before the last has looked
 
-    def claim(self, request: Mapping[str, Any]) -> None:
-        wanted = json.loads(json.dumps(request))
-        first = self._ranks.told(wanted)
-        other = [key for key in wanted if first[key] != wanted[key]]
+    def claim(self, claim: Claim) -> None:
+        wanted = json.loads(json.dumps(asdict(claim)))
+        first, parts = self._ranks.told(wanted), ("fixed", "windows", "adjustable")
+        other = [key for part in parts for key in wanted[part] if first[part].get(key) != wanted[part][key]]
         if self._ranks.any(bool(other)):
             named = f" {' and '.join(other)}" if other else " something"
             raise SpecError(f"the processes were given a different{named}; start all of them by one torchrun")
-        self._ranks.once(super().claim, request)
+        self._ranks.once(super().claim, claim)
+        self.adjusted = self._ranks.told(self.adjusted)
 
     def save_windows(self, name: str, tokens: Tensor) -> None:
         self._ranks.once(super().save_windows, name, tokens)

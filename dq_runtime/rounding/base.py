@@ -131,7 +131,8 @@ class Block(Protocol):
     def windows(self) -> int: ...
 
     def grams(self, stage: Sequence[str], cross: bool = False) -> Mapping[str, Gram]:
-        """One pass over all windows through what is installed so far; raises :class:`DQError` on NaN or infinity."""
+        """One pass over all windows through what is installed so far; raises :class:`DQError` on NaN or infinity. With
+        ``cross`` before any :meth:`target`, which takes the place of the original stream."""
         ...
 
     def second_moments(self) -> Mapping[str, Tensor]:
@@ -284,7 +285,10 @@ class Monitor(Protocol):
 class Job:
     """Everything a rounding method may use. ``student``, ``blocks`` and ``fisher`` are set only for methods that need
     STUDENT, BLOCKS and FISHER; ``fisher()`` makes one pass over the calibration windows. ``ranks``: the processes that
-    round together; a method that has no ``check_processes`` is run by one alone."""
+    round together; a method that has no ``check_processes`` is run by one alone.
+
+    A run that streams blocks from disk gives methods without STUDENT and FISHER one job a block. ``order`` is then the
+    place of each layer among all of the model's, for random numbers that do not depend on it (:meth:`place`)."""
 
     layers: Mapping[str, LayerProblem]
     student: Student | None
@@ -294,6 +298,11 @@ class Job:
     blocks: Blocks | None = None
     fisher: Callable[[], Mapping[str, Fisher]] | None = None
     ranks: Ranks = ALONE
+    order: Mapping[str, int] | None = None
+
+    def place(self, name: str) -> int:
+        """Where a layer comes among all layers of the model that are rounded, from 0."""
+        return list(self.layers).index(name) if self.order is None else self.order[name]
 
 
 @dataclass(frozen=True)
@@ -338,6 +347,7 @@ class Rounding(Protocol):
     needs: Needs
     between_neighbours: bool  # True if every code is one of the weight's two neighbours
     any_grid: bool  # False for a method whose arithmetic is that of evenly spaced levels: the int grid alone
+    adjustable: frozenset[str]  # options that a resumed run may change: what its saved state and its steps do not fix
 
     def __init__(self, options: Mapping[str, Any]) -> None: ...
 

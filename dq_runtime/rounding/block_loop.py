@@ -181,6 +181,7 @@ class BlockMethod(ABC):
     needs = Needs.WEIGHTS | Needs.BLOCKS
     between_neighbours = False
     any_grid = False
+    adjustable = frozenset({"lr", "scale_lr", "batch"})  # of the blocks to come
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.Adam
     decay: Callable[[float], float] = staticmethod(cosine_decay)
     recipe: Recipe
@@ -289,6 +290,6 @@ def _decoded(layer: LayerProblem, choice: Choice) -> Tensor:
 def _not_finite(block: Block, where: str) -> DQError:
     names: Sequence[str] = list(block.layers)
     return DQError(
-        f"the reconstruction error of the block of {names[0]} is not finite at {where}; use --compute-dtype float32, a "
-        "lower rate, or look for damaged weights before it"
+        f"the reconstruction error of the block of {names[0]} is not finite at {where}; use --compute-dtype float32 or "
+        "a lower lr, and --resume to go on from the last saved block, or look for damaged weights before it"
     )

@@ -91,6 +91,7 @@ class DiscQuant:
     needs = Needs.WEIGHTS | Needs.BLOCKS | Needs.STUDENT
     between_neighbours = False
     any_grid = False
+    adjustable = frozenset({"lr", "batch"})
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.recipe = options_from(Recipe, "discquant", options)

@@ -69,6 +69,7 @@ class DiscQuantPaper:
     needs = Needs.WEIGHTS | Needs.STUDENT | Needs.RELAXED
     between_neighbours = True
     any_grid = True
+    adjustable = frozenset({"lr"})
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.recipe = options_from(Recipe, "discquant-paper", options)

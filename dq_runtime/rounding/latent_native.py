@@ -64,8 +64,8 @@ def step(
     over_processes: Callable[[Tensor], Tensor],
 ) -> None:
     """One step of Adam on u int16 [N, K] and its moments, in place; ``rate`` in units of u. ``over_processes`` makes of
-    the largest gradient of these rows, float32 [], that of the layer. :class:`SpecError`, and nothing changed, where the
-    gradient [N, K] is not finite."""
+    the largest gradient of these rows, float32 [], that of the layer. :class:`SpecError`, and nothing changed, where a
+    number of the gradient [N, K] is not finite."""
     gradient, threads = gradient.contiguous(), torch.get_num_threads()
     assert u.is_contiguous()
     assert moments.m.is_contiguous()

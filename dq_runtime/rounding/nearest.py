@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dq_runtime.environment import give_back_memory
 from dq_runtime.rounding.base import Choice, Job, Needs, Rounded, options_from, shared_choice
 
 
@@ -20,6 +21,7 @@ class Nearest:
     needs = Needs.WEIGHTS
     between_neighbours = True
     any_grid = True
+    adjustable = frozenset[str]()
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         options_from(_Options, "nearest", options)
@@ -31,5 +33,6 @@ class Nearest:
         choices = {}
         for step, (name, layer) in enumerate(job.layers.items(), 1):
             choices[name] = shared_choice(Choice(layer.grid.nearest(layer.weight(), layer.scales)), job.ranks)
+            give_back_memory(4 * choices[name].codes.numel())
             job.monitor(step, len(job.layers))
         return Rounded(choices, [])

@@ -62,6 +62,7 @@ class QAT:
     needs = Needs.WEIGHTS | Needs.STUDENT
     between_neighbours = False
     any_grid = False
+    adjustable = frozenset({"lr", "scale_lr"})
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.recipe = options_from(Recipe, "qat", options)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import DQError
 from dq_runtime.rounding.base import (
     Block,
@@ -99,6 +100,7 @@ class LayerMethod(ABC):
     needs = Needs.WEIGHTS | Needs.BLOCKS
     between_neighbours = False
     any_grid = True
+    adjustable = frozenset[str]()
     cross = False
     recipe: Any
 
@@ -123,7 +125,7 @@ class _Run:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._order = {name: i for i, name in enumerate(job.layers)}
+        self._order = list(job.layers)
         self._choices: dict[str, Choice] = {}
         self._history: list[dict[str, float]] = []
         saved = job.store.load()
@@ -134,7 +136,7 @@ class _Run:
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers of one layer or block: the same whether or not the run was interrupted before it."""
-        return torch.Generator().manual_seed((self._job.seed * 1_000_003 + self._order[name]) % 2**63)
+        return torch.Generator().manual_seed((self._job.seed * 1_000_003 + self._job.place(name)) % 2**63)
 
     def finished(self, name: str) -> bool:
         """Whether an earlier try rounded this layer."""
@@ -169,6 +171,7 @@ class _Run:
         for name, outcome in outcomes.items():
             self._choices[name] = outcome.choice
             self._history.append({"step": len(self._history) + 1, **outcome.figures})
+        give_back_memory(sum(4 * outcome.choice.codes.numel() for outcome in outcomes.values()))
         job, done, total = self._job, len(self._choices), len(self._order)
         job.monitor(done, total)
         stop = job.store.stop_requested()

@@ -58,6 +58,7 @@ class Yaqa:
     needs = Needs.WEIGHTS | Needs.FISHER
     between_neighbours = False
     any_grid = True
+    adjustable = frozenset[str]()
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.settings = options_from(Options, "yaqa", options)

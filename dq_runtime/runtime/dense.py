@@ -43,7 +43,8 @@ def _magic(path: Path) -> bytes:
         return f.read(4)
 
 
-def _load_directory(path: Path) -> TransformersModel:
+def check_directory(path: Path) -> None:
+    """:class:`DQError` for a directory that holds no unquantized model in files that can be trusted."""
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
@@ -53,6 +54,10 @@ def _load_directory(path: Path) -> TransformersModel:
     if "quantization_config" in config:
         raise DQError(f"{path} is already quantized; give the original model")
     tensor_files(path)  # transformers trusts the index and the headers
+
+
+def _load_directory(path: Path) -> TransformersModel:
+    check_directory(path)
     return _load_pretrained(str(path), {})
 
 
@@ -74,10 +79,11 @@ def _load_pretrained(source: str, kwargs: dict[str, Any]) -> TransformersModel:
     if info["missing_keys"]:  # transformers would go on with random weights there
         missing = min(info["missing_keys"])
         raise DQError(f"{kwargs.get('gguf_file', source)} is incomplete: {missing} is missing from its weights")
-    return TransformersModel(model, None if "gguf_file" in kwargs else _load_tokenizer(source, kwargs), source)
+    return TransformersModel(model, None if "gguf_file" in kwargs else transformers_tokenizer(source, kwargs), source)
 
 
-def _load_tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
+def transformers_tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
+    """transformers' tokenizer of a model, or None."""
     from transformers import AutoTokenizer
 
     try:
@@ -114,7 +120,7 @@ def gguf_tokenizer(path: Path) -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    tokenizer = _load_tokenizer(str(path.parent), {"gguf_file": path.name})
+    tokenizer = transformers_tokenizer(str(path.parent), {"gguf_file": path.name})
     if tokenizer is not None and gguf_file(path).metadata.get("tokenizer.ggml.pre") == "smollm":
         _split_digits(tokenizer)
     return tokenizer

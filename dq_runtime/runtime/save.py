@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,23 @@ def write_model(
 
     ``source.model`` still holds the unquantized tensors; those of the packed layers are skipped. ``dtype`` is the
     serving dtype of everything unquantized; ``dense``: what :func:`dense_tensors` gave, where several processes had to
-    gather it. ``transposed``: some packed layer is a Conv1D, which compressed-tensors readers would leave randomly
-    initialised. Where they cannot serve something, that or a table they have no name for, the model type is renamed to
-    make them fail instead.
+    gather it. ``transposed``: some packed layer is a Conv1D.
     """
+    write_settings(directory, source, grids, transposed, dtype)
+    tensors: dict[str, Tensor] = {}
+    shift = shared_shift(packed.values())
+    for name, weight in packed.items():
+        tensors |= packed_tensors(name, weight, shift)
+    kept = dense_tensors(source.model, packed) if dense is None else dense
+    tensors |= {name: served(name, tensor, dtype) for name, tensor in kept.items()}
+    write_weights(directory, tensors)
+
+
+def write_settings(
+    directory: Path, source: TransformersModel, grids: Mapping[str, GridSpec], transposed: bool, dtype: torch.dtype
+) -> None:
+    """All but the weights. What compressed-tensors readers cannot serve, a Conv1D (which they would leave randomly
+    initialised) or a table they have no name for, gets a model type that makes them fail instead."""
     model = source.model
     config = json.loads(model.config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "quantization_config", "torch_dtype"):
@@ -53,18 +66,6 @@ def write_model(
     if transposed or not is_standard(schemes):
         config["model_type"] = FOREIGN_PREFIX + config["model_type"]
     write_json(directory / "config.json", config)
-
-    tensors: dict[str, Tensor] = {}
-    shift = shared_shift(packed.values())
-    for name, weight in packed.items():
-        tensors |= packed_tensors(name, weight, shift)
-    for name, tensor in (dense_tensors(model, packed) if dense is None else dense).items():
-        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-            raise SpecError(f"{name} does not fit in {config['dtype']}; use scale dtype bfloat16")
-        tensors[name] = stored
-    write_weights(directory, tensors)
-
     if source.tokenizer is not None:
         try:
             source.tokenizer.save_pretrained(directory)
@@ -78,13 +79,25 @@ def write_model(
             shutil.copy(file, directory / file.name)
 
 
-def dense_tensors(model: Any, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
-    """The unquantized tensors by name, without those tied to another one; biases of packed layers included. What
-    several processes share out is gathered."""
+def dense_tensors(model: Any, packed: Container[str]) -> dict[str, Tensor]:
+    """The unquantized tensors by name; what several processes share out is gathered."""
+    state = model.state_dict()
+    return {name: whole(state[name]) for name in dense_names(model, packed)}
+
+
+def served(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An unquantized tensor as it is stored; :class:`SpecError` where it does not fit in the serving dtype."""
+    stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise SpecError(f"{name} does not fit in {str(dtype).removeprefix('torch.')}; use scale dtype bfloat16")
+    return stored
+
+
+def dense_names(model: Any, packed: Container[str]) -> list[str]:
+    """The names of the unquantized tensors, without those tied to another one; biases of packed layers included."""
     tied = tied_names(model)
-    found = {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if name not in tied and (owner not in packed or leaf == "bias"):
-            found[name] = whole(tensor)
-    return found
+    return [
+        name
+        for name in model.state_dict()
+        if name not in tied and (name.rpartition(".")[0] not in packed or name.endswith(".bias"))
+    ]

@@ -23,9 +23,9 @@ from dq_runtime.runtime.transformers_model import TransformersModel
 def load_through_transformers(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> TransformersModel:
     """The checkpoint as a transformers model on ``device`` whose packed linears are :class:`QuantLinear`,
     and whose packed experts :class:`QuantExperts`."""
-    model = _skeleton(checkpoint)
+    model = skeleton(checkpoint)
     _fill(model, checkpoint, dtype)
-    _generation_config(model, checkpoint.path)
+    read_generation_config(model, checkpoint.path)
     model.eval().to(device)
     for module in model.modules():
         if isinstance(module, QuantLinear | QuantExperts):
@@ -34,7 +34,7 @@ def load_through_transformers(checkpoint: Checkpoint, device: str, dtype: torch.
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Parameters registered inside take no memory; buffers (rotary tables) are computed as usual."""
     register = nn.Module.register_parameter
 
@@ -50,7 +50,9 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model that ``checkpoint``'s config describes, its parameters on the meta device; ``dtype``: its
+    own by default."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -60,8 +62,8 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     config["model_type"] = str(config.get("model_type", "")).removeprefix(FOREIGN_PREFIX)
     try:
         built = AutoConfig.for_model(**config)
-        with _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(built)
+        with parameters_on_meta():
+            return AutoModelForCausalLM.from_config(built, **({} if dtype is None else {"dtype": dtype}))
     except Exception as e:  # transformers raises many types for a config it does not understand
         why = " ".join(str(e).split())[:300]
         raise CheckpointError(f"{checkpoint.path / 'config.json'} does not describe a causal LM: {why}") from None
@@ -116,7 +118,7 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
             raise CheckpointError(f"{where}: {name} is missing")
 
 
-def _generation_config(model: Any, path: Path) -> None:
+def read_generation_config(model: Any, path: Path) -> None:
     """End tokens beyond the config's own: chat models list several there."""
     if not (path / "generation_config.json").exists():
         return

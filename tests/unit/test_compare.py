@@ -25,7 +25,7 @@ from dq_runtime.errors import DataError, Interrupted, SpecError
 from dq_runtime.evaluate.intervals import ci95, paired_ci95, t_quantile
 from dq_runtime.evaluate.perplexity import RunningText, joined_rows, perplexity, running_text
 from dq_runtime.evaluate.tasks import check_tasks
-from dq_runtime.pipeline import Silent
+from dq_runtime.request import Silent
 from dq_runtime.rounding import ROUNDINGS
 from dq_runtime.spec import PER_ROW
 

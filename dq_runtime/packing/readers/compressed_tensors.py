@@ -97,6 +97,11 @@ class CompressedTensors(DirectoryCheckpoint):
         return _stored(layer, self.layers[layer], self.files, self.path).weight()
 
 
+def packed_layer(layer: str, scheme: Scheme, file: TensorFile) -> HostWeight:
+    """One layer of which all tensors lie in ``file``."""
+    return _stored(layer, scheme, dict.fromkeys(file.names(), file), file.path).weight()
+
+
 def _suffixes(scheme: Scheme, ordered: bool) -> tuple[str, ...]:
     """The tensors that a layer of this scheme has."""
     if scheme.form in FLOAT_FORMATS:

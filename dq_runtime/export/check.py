@@ -24,7 +24,7 @@ from dq_runtime.export.engines import (
 from dq_runtime.levels import INT
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.checkpoint import Checkpoint, open_checkpoint
-from dq_runtime.packing.quant_config import FLOAT_FORMATS
+from dq_runtime.packing.quant_config import FLOAT_FORMATS, OWN_METHOD
 from dq_runtime.spec import PER_ROW
 
 
@@ -72,11 +72,21 @@ def check(path: str | Path, engine: str, ranks: int = 1) -> Checked:
         form = READERS[engine].form
         notes = (f"write what it reads with: dq export {path} --to {form} -o DIR",)
         return Checked(READERS[engine].version, _merged(verdicts, layers), notes)
-    notes = (
+    if (source.config.get("quantization_config") or {}).get("transposed"):
+        verdicts = [
+            (name, False, "", "transposed linears (Conv1D) run in dq_runtime; export to dense") for name in layers
+        ]
+    expanded = (
         "every weight is expanded to dense at the first forward pass; dq_runtime.use_packed_linears() before "
-        "from_pretrained keeps them packed",
+        "from_pretrained keeps them packed"
     )
-    return Checked(TRANSFORMERS, _merged(verdicts, layers), notes)
+    ours = f"nobody but dq_runtime reads {_method(source)} there: from_pretrained without it refuses the directory"
+    return Checked(TRANSFORMERS, _merged(verdicts, layers), (ours if _method(source) == OWN_METHOD else expanded,))
+
+
+def _method(source: Checkpoint) -> Any:
+    """``quant_method`` of a directory; None of a GGUF file, which has no such thing."""
+    return (source.config.get("quantization_config") or {}).get("quant_method")
 
 
 def _elsewhere(engine: str, w: PackedWeight) -> tuple[bool, str, str]:
@@ -100,8 +110,8 @@ def _elsewhere(engine: str, w: PackedWeight) -> tuple[bool, str, str]:
 
 def _table(engine: str, form: str) -> tuple[bool, str, str]:
     """Of a grid that is not evenly spaced."""
-    if engine == "transformers" and form in FLOAT_FORMATS:
-        return True, "dequantized", ""
+    if engine == "transformers":
+        return True, "dequantized" if form in FLOAT_FORMATS else "packed, after `import dq_runtime.hf`", ""
     if engine == "llama.cpp" and form == "mxfp4":
         return True, "MXFP4", ""
     return False, "", f"{form} does not exist there; quantize with another --grid, or export to dense"
@@ -124,8 +134,7 @@ def _vllm(source: Checkpoint, layers: Mapping[str, PackedWeight], ranks: int) ->
         load, how, change = _vllm_group(weights, config, dtype, ranks)
         verdicts += [(name, load, how, change) for name in members]
     notes = []
-    method = (source.config.get("quantization_config") or {}).get("quant_method")
-    if method != "compressed-tensors":
+    if _method(source) != "compressed-tensors":
         notes.append("only compressed-tensors checkpoints are judged: dq export OUT --to compressed-tensors -o DIR")
         verdicts = [(name, False, "", "export it with --to compressed-tensors") for name, *_ in verdicts]
     if any(w.bits in (3, 5, 6, 7) for w in layers.values()):

@@ -35,7 +35,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"backends"}),
     frozenset({"modules"}),
     frozenset({"runtime", "evaluate", "hf"}),
-    frozenset({"allocation", "preflight", "server"}),
+    frozenset({"allocation", "preflight", "server", "vllm_plugin"}),
     frozenset({"pipeline", "export", "scores"}),
     frozenset({"compare"}),
     frozenset({"cli"}),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_runtime.errors import SpecError
+from dq_runtime.export.check_tables import TABLES_OF_OURS, plugin_note, table_in_vllm
 from dq_runtime.export.engines import (
     ENGINES,
     KERNELS,
@@ -131,29 +132,34 @@ def _vllm(source: Checkpoint, layers: Mapping[str, PackedWeight], ranks: int) ->
     verdicts = []
     for members in fused_groups(list(layers)):
         weights = {name: layers[name] for name in members}
-        load, how, change = _vllm_group(weights, config, dtype, ranks)
+        load, how, change = _vllm_group(source, weights, config, dtype, ranks)
         verdicts += [(name, load, how, change) for name in members]
     notes = []
-    if _method(source) != "compressed-tensors":
+    own = any(w.form in TABLES_OF_OURS for w in layers.values())
+    if own:
+        notes.append(plugin_note())
+    elif _method(source) != "compressed-tensors":
         notes.append("only compressed-tensors checkpoints are judged: dq export OUT --to compressed-tensors -o DIR")
         verdicts = [(name, False, "", "export it with --to compressed-tensors") for name, *_ in verdicts]
     if any(w.bits in (3, 5, 6, 7) for w in layers.values()):
         notes.append("VLLM_BATCH_INVARIANT=1 would misread 3, 5, 6 and 7 bits: it unpacks with compressed-tensors 0.17")
-    notes.append(f"read from the source of {VLLM}, which was not run")
+    said = f"read from the source of {VLLM}, which was not run"
+    notes.append(f"{VLLM} ran nf4 and fp4 on a CPU, on one rank and on three; on a GPU it was not run" if own else said)
     return Checked(f"{VLLM}, tensor parallel {ranks}", _merged(verdicts, layers), tuple(notes))
 
 
 def _vllm_group(
-    weights: Mapping[str, PackedWeight], config: Mapping[str, Any], dtype: str, ranks: int
+    source: Checkpoint, weights: Mapping[str, PackedWeight], config: Mapping[str, Any], dtype: str, ranks: int
 ) -> tuple[bool, str, str]:
     """(loads, kernels by platform, change) of the layers that vLLM multiplies as one matrix."""
     again = "dq export OUT --to compressed-tensors"
     rank = f" --set tensor_parallel={ranks}" if ranks > 1 else ""
     first = next(iter(weights.values()))
-    if any(w.form != INT for w in weights.values()):
-        return False, "", f"{first.form} has rules of its own that are not checked here"
     if any(".experts." in name for name in weights):
         return False, "", "packed experts have rules of their own that are not checked here"
+    if first.form != INT:
+        split = all(input_shards(name) for name in weights)
+        return table_in_vllm(source, weights, _uneven(weights, config, split, ranks), ranks if split else 1)
     if len({(w.bits, w.group_size, w.zero is None) for w in weights.values()}) > 1:
         return False, "", f"fused layers must share bits, groups and symmetry: {again}{rank} -o DIR"
     stored = {str(w.scale.dtype).removeprefix("torch.") for w in weights.values()}

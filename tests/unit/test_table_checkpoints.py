@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from packed_checkpoints import pack_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dq_runtime
@@ -19,7 +21,7 @@ from dq_runtime.export.run import export
 from dq_runtime.levels import LEVELS
 from dq_runtime.packing.checkpoint import open_checkpoint
 from dq_runtime.runtime.load import load
-from dq_runtime.spec import GridSpec, QuantSpec, RoundingSpec
+from dq_runtime.spec import GridSpec, Override, QuantSpec, RoundingSpec
 
 TOKENS = torch.arange(5, 45).view(1, -1)
 FLOATS = ("mxfp4", "nvfp4")  # those that compressed-tensors has a format for
@@ -142,10 +144,55 @@ def test_check_says_who_reads_a_table(packed: dict[str, Path]) -> None:
     assert ours.loads
     assert "import dq_runtime.hf" in ours.verdicts[0].how
     assert "without it refuses" in ours.notes[0]
-    for name, engine in (("nvfp4", "llama.cpp"), ("fp4", "mlx"), ("nvfp4", "vllm")):
+    for name, engine in (("nvfp4", "llama.cpp"), ("fp4", "mlx")):
         checked = check(packed[name], engine)
         assert not checked.loads
         assert name in checked.verdicts[0].change
+
+
+def test_check_says_what_vllm_does_with_a_table(
+    packed: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dq_runtime.export import check_tables
+
+    how = {name: {v.how for v in check(packed[name], "vllm").verdicts} for name in LEVELS}
+    assert how["nf4"] == how["fp4"] == {"our plugin: Triton from sm_80 on, C++ on CPUs"}
+    assert "sm_100 on FlashInfer, which rounds activations" in how["mxfp4"].pop()
+    assert "weights only" in how["nvfp4"].pop()
+    assert all(check(packed[name], "vllm").loads for name in LEVELS)
+    # 64 inputs of o_proj and 192 of down_proj on 2 ranks, in groups of 64.
+    refused = {v.layer.rpartition(".")[2]: v.change for v in check(packed["nf4"], "vllm", 2).verdicts if not v.load}
+    assert refused.keys() == {"o_proj", "down_proj"}
+    assert "32 inputs a rank are no whole groups of 64" in refused["o_proj"]
+    assert check(packed["fp4"], "vllm", 2).loads
+    mixed = QuantSpec(GridSpec.named("nf4", group_size=64), overrides=(Override.parse("*.k_proj=4:32"),))
+    refused = {
+        v.layer: v.change for v in check(pack_model(tiny_model, tmp_path / "k", mixed), "vllm").verdicts if v.change
+    }
+    assert len(refused) == 3
+    assert all("share their groups" in change for change in refused.values())
+    path = tmp_path / "scaled"
+    shutil.copytree(packed["nvfp4"], path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_global_scale"] /= 2
+    save_file(tensors, path / "model.safetensors")
+    (path / "SHA256SUMS").unlink()
+    refused = {v.layer: v.change for v in check(path, "vllm").verdicts if not v.load}
+    assert "largest of their global scales" in next(iter(refused.values()))
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(check_tables, "version", absent)
+    assert "vLLM is not installed here" in check(packed["nf4"], "vllm").notes[0]
+    monkeypatch.setattr(check_tables, "version", lambda name: "0.33.0")
+    monkeypatch.setattr(check_tables, "entry_points", lambda group: [])
+    assert "vLLM 0.33.0 is installed here and does not find it" in check(packed["nf4"], "vllm").notes[0]
+    ours = EntryPoint("dq", "dq_runtime.vllm_plugin:register", "vllm.general_plugins")
+    monkeypatch.setattr(check_tables, "entry_points", lambda group: [ours])
+    assert check(packed["nf4"], "vllm").notes[0].endswith("and finds it")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS=other keeps it" in check(packed["nf4"], "vllm").notes[0]
 
 
 def test_quantize_on_a_table_from_the_command_line(

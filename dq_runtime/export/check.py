@@ -130,10 +130,16 @@ def _vllm(source: Checkpoint, layers: Mapping[str, PackedWeight], ranks: int) ->
     config = source.config.get("text_config", source.config)
     dtype = str(source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16")
     verdicts = []
-    for members in fused_groups(list(layers)):
-        weights = {name: layers[name] for name in members}
+    dense = [name.removesuffix(".weight") for name in source.dense if name.endswith(".weight")]
+    for members in fused_groups([*layers, *dense]):
+        weights = {name: layers[name] for name in members if name in layers}
+        if not weights:
+            continue
         load, how, change = _vllm_group(source, weights, config, dtype, ranks)
-        verdicts += [(name, load, how, change) for name in members]
+        if len(weights) < len(members):
+            odd = next(name for name in members if name not in layers).rpartition(".")[2]
+            load, how, change = False, "", f"{odd}, in one matrix with it there, is dense; pack both or neither"
+        verdicts += [(name, load, how, change) for name in weights]
     notes = []
     own = any(w.form in TABLES_OF_OURS for w in layers.values())
     if own:

@@ -1,12 +1,12 @@
 """Do the engines read what we write? One row a path: the real model, an independent implementation, its answer.
 
-    python benchmarks/interop.py MODEL --llama-python PYTHON --others DIR --output benchmarks/results/interop.json
+    python benchmarks/interop.py MODEL --llama-python PYTHON --vllm-python PYTHON --others DIR
 
 MODEL is a dense directory or .gguf file. Each row exports (or takes as it is) a checkpoint rounded to nearest and asks
 the other implementation for its logits on 64 tokens, or for its weights. PYTHON is an interpreter with
-llama-cpp-python (which takes minutes to build, so it is seldom in the same environment). An implementation that is not
-installed is left out with a word; rows of an earlier run that this one does not repeat are kept. ``--only`` takes a
-part of a row's name.
+llama-cpp-python (which takes minutes to build, so it is seldom in the same environment), or one with vLLM (on a CPU
+vLLM needs only those of its dependencies that its imports ask for). An implementation that is not installed is left out
+with a word; rows of an earlier run that this one does not repeat are kept. ``--only`` takes a part of a row's name.
 
 A row gives ``max_logit_difference`` beside ``max_logit`` and the mean KL in nats per token, or ``bit_equal`` weights.
 An engine that rounds activations to 8 bits says so in ``note``: its logits differ by that. Beside llama.cpp's stands
@@ -69,8 +69,11 @@ class Absent(Exception):  # noqa: N818 (an answer, not an error)
 class Bench:
     """The model on every grid that a row asks for, packed once, and our own logits of it."""
 
-    def __init__(self, model: Path, folder: Path, llama_python: str | None, others: Path | None) -> None:
-        self.model, self.folder, self.llama_python, self.others = model, folder, llama_python, others
+    def __init__(self, model: Path, folder: Path, options: argparse.Namespace) -> None:
+        self.model, self.folder = model, folder
+        self.llama_python: str | None = options.llama_python
+        self.vllm_python: str | None = options.vllm_python
+        self.others: Path | None = options.others
         self._logits: dict[Grid, Tensor] = {}
 
     def packed(self, grid: Grid) -> Path:
@@ -329,6 +332,30 @@ def gguf_mxfp4(bench: Bench, grid: Grid) -> Row:
     return {"implementation": reader, "bit_equal": equal, "layers": count}
 
 
+def vllm_plugin(bench: Bench, grid: Grid, name: str) -> Row:
+    """A table in vLLM through our plugin, on one rank and on three (SmolLM2 has 9 heads and 3 key-value heads). The
+    products are ours; that each of them has its rows and columns of the checkpoint is vLLM's doing."""
+    if bench.vllm_python is None:
+        raise Absent("give --vllm-python, an interpreter with vLLM")
+    path, answer = bench.table(name), bench.folder / "vllm.npz"
+    ours = load(path, "cpu", torch.float32, exact=True)
+    ids = ours.encode(TEXT)[:64]
+    logits = torch.as_tensor(ours.logits(torch.tensor([ids]))[0]).float()
+    differences = {}
+    for ranks in (1, 3):
+        worker = [str(ROOT / "benchmarks" / "vllm_worker.py"), str(path), ",".join(str(i) for i in ids), str(ranks)]
+        subprocess.run([bench.vllm_python, *worker, str(answer)], check=True)
+        read = np.load(answer)
+        differences[ranks] = difference(logits, torch.from_numpy(read["logits"]))
+    return {
+        "implementation": f"vllm {read['version']} (model, loaders, tensor parallelism), on a CPU",
+        **differences[1],
+        "three_ranks": differences[3],
+        "matrices": int(read["matrices"]),
+        "note": "our plugin and kernels; norms, rotations in vLLM's PyTorch, attention in torch: no CPU kernels there",
+    }
+
+
 WRITES: list[tuple[str, Grid, Callable[[Bench, Grid], Row]]] = [
     *(("compressed-tensors", (bits, 64, True), transformers_native) for bits in (2, 3, 4, 8)),
     ("dense", (3, 64, True), transformers_dense),
@@ -341,6 +368,7 @@ WRITES: list[tuple[str, Grid, Callable[[Bench, Grid], Row]]] = [
     *(("mlx", grid, mlx) for grid in ((2, 64, True), (3, 64, True), (4, 64, True), (4, 64, False), (8, 64, True))),
     *((name, (4, size, True), partial(float4, name=name)) for name, size in (("mxfp4", 32), ("nvfp4", 16))),
     ("gguf mxfp4", (4, 32, True), gguf_mxfp4),
+    *((f"table {name}", (4, 64, True), partial(vllm_plugin, name=name)) for name in ("nf4", "fp4")),
     *(("onnx", grid, partial(onnxruntime, accuracy_level=1)) for grid in ((4, 64, True), (8, 64, True), (3, 64, True))),
     ("onnx", (4, 32, True), partial(onnxruntime, accuracy_level=4)),
 ]
@@ -422,6 +450,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--llama-python")
+    parser.add_argument("--vllm-python")
     parser.add_argument("--others", type=Path, help="what benchmarks/others.py made with other tools")
     parser.add_argument("--only", default="", help="a part of the name of the rows to run, e.g. gguf-4")
     parser.add_argument("--folder", type=Path, help="keeps the rounded checkpoints for the next run")
@@ -432,7 +461,7 @@ def main() -> None:
         rows = {row["name"]: row for row in json.loads(options.output.read_text())["rows"]}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        bench = Bench(options.model, folder, options.llama_python, options.others)
+        bench = Bench(options.model, folder, options)
         todo = [("write", *row) for row in WRITES] + [("read", *row) for row in READS]
         for direction, form, grid, function in todo:
             label = getattr(function, "func", function).__name__
@@ -458,7 +487,7 @@ def _write(output: Path, rows: dict[str, Row], model: Path) -> None:
         "device": device_name("cpu"),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": "python benchmarks/interop.py MODEL --llama-python PYTHON --others DIR",
+        "command": "python benchmarks/interop.py MODEL --llama-python PYTHON --vllm-python PYTHON --others DIR",
         "rows": list(rows.values()),
     }
     output.write_text(json.dumps(result, indent=2) + "\n")

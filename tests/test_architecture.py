@@ -36,7 +36,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"backends"}),
     frozenset({"modules"}),
     frozenset({"runtime", "evaluate", "hf"}),
-    frozenset({"allocation", "blockwise", "calibration", "preflight", "server"}),
+    frozenset({"allocation", "blockwise", "calibration", "preflight", "server", "vllm_plugin"}),
     frozenset({"planning"}),
     frozenset({"pipeline", "export", "scores"}),
     frozenset({"compare"}),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_runtime.errors import SpecError
+from dq_runtime.export.check_tables import TABLES_OF_OURS, plugin_note, table_in_vllm
 from dq_runtime.export.engines import (
     ENGINES,
     KERNELS,
@@ -24,7 +25,7 @@ from dq_runtime.export.engines import (
 from dq_runtime.levels import INT
 from dq_runtime.packing import PackedWeight
 from dq_runtime.packing.checkpoint import Checkpoint, open_checkpoint
-from dq_runtime.packing.quant_config import FLOAT_FORMATS
+from dq_runtime.packing.quant_config import FLOAT_FORMATS, OWN_METHOD
 from dq_runtime.spec import PER_ROW
 
 
@@ -72,11 +73,21 @@ def check(path: str | Path, engine: str, ranks: int = 1) -> Checked:
         form = READERS[engine].form
         notes = (f"write what it reads with: dq export {path} --to {form} -o DIR",)
         return Checked(READERS[engine].version, _merged(verdicts, layers), notes)
-    notes = (
+    if (source.config.get("quantization_config") or {}).get("transposed"):
+        verdicts = [
+            (name, False, "", "transposed linears (Conv1D) run in dq_runtime; export to dense") for name in layers
+        ]
+    expanded = (
         "every weight is expanded to dense at the first forward pass; dq_runtime.use_packed_linears() before "
-        "from_pretrained keeps them packed",
+        "from_pretrained keeps them packed"
     )
-    return Checked(TRANSFORMERS, _merged(verdicts, layers), notes)
+    ours = f"nobody but dq_runtime reads {_method(source)} there: from_pretrained without it refuses the directory"
+    return Checked(TRANSFORMERS, _merged(verdicts, layers), (ours if _method(source) == OWN_METHOD else expanded,))
+
+
+def _method(source: Checkpoint) -> Any:
+    """``quant_method`` of a directory; None of a GGUF file, which has no such thing."""
+    return (source.config.get("quantization_config") or {}).get("quant_method")
 
 
 def _elsewhere(engine: str, w: PackedWeight) -> tuple[bool, str, str]:
@@ -100,8 +111,8 @@ def _elsewhere(engine: str, w: PackedWeight) -> tuple[bool, str, str]:
 
 def _table(engine: str, form: str) -> tuple[bool, str, str]:
     """Of a grid that is not evenly spaced."""
-    if engine == "transformers" and form in FLOAT_FORMATS:
-        return True, "dequantized", ""
+    if engine == "transformers":
+        return True, "dequantized" if form in FLOAT_FORMATS else "packed, after `import dq_runtime.hf`", ""
     if engine == "llama.cpp" and form == "mxfp4":
         return True, "MXFP4", ""
     return False, "", f"{form} does not exist there; quantize with another --grid, or export to dense"
@@ -119,32 +130,42 @@ def _vllm(source: Checkpoint, layers: Mapping[str, PackedWeight], ranks: int) ->
     config = source.config.get("text_config", source.config)
     dtype = str(source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16")
     verdicts = []
-    for members in fused_groups(list(layers)):
-        weights = {name: layers[name] for name in members}
-        load, how, change = _vllm_group(weights, config, dtype, ranks)
-        verdicts += [(name, load, how, change) for name in members]
+    dense = [name.removesuffix(".weight") for name in source.dense if name.endswith(".weight")]
+    for members in fused_groups([*layers, *dense]):
+        weights = {name: layers[name] for name in members if name in layers}
+        if not weights:
+            continue
+        load, how, change = _vllm_group(source, weights, config, dtype, ranks)
+        if len(weights) < len(members):
+            odd = next(name for name in members if name not in layers).rpartition(".")[2]
+            load, how, change = False, "", f"{odd}, in one matrix with it there, is dense; pack both or neither"
+        verdicts += [(name, load, how, change) for name in weights]
     notes = []
-    method = (source.config.get("quantization_config") or {}).get("quant_method")
-    if method != "compressed-tensors":
+    own = any(w.form in TABLES_OF_OURS for w in layers.values())
+    if own:
+        notes.append(plugin_note())
+    elif _method(source) != "compressed-tensors":
         notes.append("only compressed-tensors checkpoints are judged: dq export OUT --to compressed-tensors -o DIR")
         verdicts = [(name, False, "", "export it with --to compressed-tensors") for name, *_ in verdicts]
     if any(w.bits in (3, 5, 6, 7) for w in layers.values()):
         notes.append("VLLM_BATCH_INVARIANT=1 would misread 3, 5, 6 and 7 bits: it unpacks with compressed-tensors 0.17")
-    notes.append(f"read from the source of {VLLM}, which was not run")
+    said = f"read from the source of {VLLM}, which was not run"
+    notes.append(f"{VLLM} ran nf4 and fp4 on a CPU, on one rank and on three; on a GPU it was not run" if own else said)
     return Checked(f"{VLLM}, tensor parallel {ranks}", _merged(verdicts, layers), tuple(notes))
 
 
 def _vllm_group(
-    weights: Mapping[str, PackedWeight], config: Mapping[str, Any], dtype: str, ranks: int
+    source: Checkpoint, weights: Mapping[str, PackedWeight], config: Mapping[str, Any], dtype: str, ranks: int
 ) -> tuple[bool, str, str]:
     """(loads, kernels by platform, change) of the layers that vLLM multiplies as one matrix."""
     again = "dq export OUT --to compressed-tensors"
     rank = f" --set tensor_parallel={ranks}" if ranks > 1 else ""
     first = next(iter(weights.values()))
-    if any(w.form != INT for w in weights.values()):
-        return False, "", f"{first.form} has rules of its own that are not checked here"
     if any(".experts." in name for name in weights):
         return False, "", "packed experts have rules of their own that are not checked here"
+    if first.form != INT:
+        split = all(input_shards(name) for name in weights)
+        return table_in_vllm(source, weights, _uneven(weights, config, split, ranks), ranks if split else 1)
     if len({(w.bits, w.group_size, w.zero is None) for w in weights.values()}) > 1:
         return False, "", f"fused layers must share bits, groups and symmetry: {again}{rank} -o DIR"
     stored = {str(w.scale.dtype).removeprefix("torch.") for w in weights.values()}

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dq_runtime.modules.quant_linear import QuantLinear
-from dq_runtime.packing import PackedWeight, pack_codes, unpack_codes, words_per_row
-from dq_runtime.packing.quant_config import Scheme
+from dq_runtime.packing import HostTensor, PackedWeight, unpack_codes
+from dq_runtime.packing.bridge import host_of, packed_of
+from dq_runtime.packing.checkpoint import packed_tensors
+from dq_runtime.packing.quant_config import FLOAT_FORMATS, Scheme
+from dq_runtime.packing.readers.float4 import StoredFloat4
 
 
 class StoredLinear(nn.Module):
-    """What from_pretrained fills: the tensors of one linear under their names on disk. Shapes as in
-    :mod:`dq_runtime.packing.checkpoint`; ``bias`` [N] where the model has one."""
+    """What from_pretrained fills: the tensors of one linear [N, K] under their names on disk, of the dtypes and shapes
+    of ``stored`` (see :mod:`dq_runtime.packing.checkpoint`); ``bias`` [N] where the model has one."""
 
-    def __init__(self, n: int, k: int, scheme: Scheme, scale_dtype: torch.dtype, bias: nn.Parameter | None) -> None:
+    def __init__(self, k: int, scheme: Scheme, stored: Mapping[str, HostTensor], bias: nn.Parameter | None) -> None:
         super().__init__()
-        groups = 1 if scheme.group_size == -1 else k // scheme.group_size
         self.scheme, self.k = scheme, k
-        packed = torch.empty(n, words_per_row(k, scheme.bits), dtype=torch.int32, device="meta")
-        self.register_buffer("weight_packed", packed)
-        self.register_buffer("weight_scale", torch.empty(n, groups, dtype=scale_dtype, device="meta"))
-        self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64, device="meta"))
-        zeros = None
-        if not scheme.symmetric:
-            zeros = torch.empty(words_per_row(n, scheme.bits), groups, dtype=torch.int32, device="meta")
-        self.register_buffer("weight_zero_point", zeros)
+        for name, tensor in stored.items():
+            self.register_buffer(name, torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta"))
         self.bias = bias
 
     def packed_linear(self) -> PackedLinear:
         """The linear that serves, over the tensors that were loaded."""
         tensors = dict(self.named_buffers())
+        bias = None if self.bias is None else self.bias.detach()
+        packed, form = tensors["weight_packed"], self.scheme.form
+        if form in FLOAT_FORMATS:
+            host = StoredFloat4(form, form, {name: host_of(tensor.cpu()) for name, tensor in tensors.items()}).weight()
+            w = packed_of(host)
+            w = PackedWeight(w.packed.to(packed.device), w.scale.to(packed.device), None, w.bits, w.k, form)
+            whole = tensors.get("weight_global_scale")
+            return PackedLinear(w, bias, None if whole is None else math.frexp(float(whole))[1] - 1)
         zero = None
         if not self.scheme.symmetric:
             stored = tensors["weight_zero_point"].t().contiguous()
-            n = tensors["weight_packed"].shape[0]
-            zero = unpack_codes(stored, self.scheme.bits, n).t().contiguous()
-        w = PackedWeight(tensors["weight_packed"], tensors["weight_scale"], zero, self.scheme.bits, self.k)
-        return PackedLinear(w, None if self.bias is None else self.bias.detach())
+            zero = unpack_codes(stored, self.scheme.bits, packed.shape[0]).t().contiguous()
+        return PackedLinear(PackedWeight(packed, tensors["weight_scale"], zero, self.scheme.bits, self.k, form), bias)
 
 
 class PackedLinear(QuantLinear):
     """:class:`QuantLinear` for a model that transformers owns: ``save_pretrained`` writes it as it was loaded, and it
-    is never repacked, so that it can be moved and differentiated."""
+    is never repacked, so that it can be moved and differentiated. ``shift``: log2 of the global scale of nvfp4."""
+
+    def __init__(self, w: PackedWeight, bias: Tensor | None, shift: int | None = None) -> None:
+        super().__init__(w, bias)
+        self.shift = shift
 
     @property
     def qweight(self) -> Tensor:
@@ -52,15 +60,8 @@ class PackedLinear(QuantLinear):
         return self.packed.packed
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        w = self.packed
-        tensors: dict[str, Tensor] = {
-            "weight_packed": w.packed,
-            "weight_scale": w.scale,
-            "weight_shape": torch.tensor([w.n, w.k], dtype=torch.int64),
-        }
-        if w.zero is not None:
-            tensors["weight_zero_point"] = pack_codes(w.zero.t().contiguous(), w.bits).t().contiguous()
+        tensors = packed_tensors(prefix.removesuffix("."), self.packed, self.shift)
         if self.bias is not None:
-            tensors["bias"] = self.bias
+            tensors[f"{prefix}bias"] = self.bias
         for name, tensor in tensors.items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+            destination[name] = tensor if keep_vars else tensor.detach()

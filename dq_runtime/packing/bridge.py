@@ -28,7 +28,9 @@ def host_of(tensor: Tensor) -> HostTensor:
     tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:
         return HostTensor(tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16")
-    return HostTensor(tensor.numpy(), str(tensor.dtype).removeprefix("torch."))
+    name = str(tensor.dtype).removeprefix("torch.")
+    bits = tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    return HostTensor(bits.numpy(), name)
 
 
 def host_weight_of(w: PackedWeight) -> HostWeight:

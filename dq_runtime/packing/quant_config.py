@@ -16,6 +16,7 @@ from dq_runtime.spec import PER_ROW, GridSpec
 # model_type of checkpoints that only we can read begins so: transformers 5 merely warns about a quantizer it does not
 # know and then runs random weights, so the only safe way to be refused is to be unrecognisable.
 FOREIGN_PREFIX = "dq_"
+OWN_METHOD = "dq"  # quant_method of those checkpoints
 TABLE_FORMAT = "table-pack-quantized"  # ours: pack-quantized, with codes that are places in a table
 
 
@@ -89,7 +90,7 @@ def to_config(layers: Mapping[str, Scheme], dense: Iterable[str], transposed: bo
         }
     stored_as = {INT: "pack-quantized"} | {name: stored.format for name, stored in FLOAT_FORMATS.items()}
     config = {
-        "quant_method": "compressed-tensors" if is_standard(layers) and not transposed else "dq",
+        "quant_method": "compressed-tensors" if is_standard(layers) and not transposed else OWN_METHOD,
         "format": stored_as.get(form, TABLE_FORMAT),
         "quantization_status": "compressed",
         "ignore": sorted(dense),

@@ -26,6 +26,7 @@ from dq_runtime.backends.base import Call
 from dq_runtime.backends.reference import Reference
 from dq_runtime.backends.triton_cuda import TritonCuda
 from dq_runtime.errors import BackendError
+from dq_runtime.levels import GROUP_SIZE, INT, LEVELS
 from dq_runtime.packing import PackedWeight, pack_codes, words_per_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,7 @@ FLOAT32_ROUNDOFF = 2.0**-24
 
 @dataclass(frozen=True)
 class Case:
-    """One weight and its activations. ``group``: weights a scale, K for the whole row."""
+    """One weight and its activations. ``group``: weights a scale, K for the whole row; ``form``: "int" or a table."""
 
     bits: int
     symmetric: bool
@@ -45,10 +46,12 @@ class Case:
     group: int
     m: int
     dtype: torch.dtype
+    form: str = INT
 
     def __str__(self) -> str:
         zero, dtype = "sym" if self.symmetric else "asym", str(self.dtype).removeprefix("torch.")
-        return f"{self.bits}bit-{zero}-N{self.n}-K{self.k}-g{self.group}-M{self.m}-{dtype}"
+        kind = f"{self.bits}bit-{zero}" if self.form == INT else self.form
+        return f"{kind}-N{self.n}-K{self.k}-g{self.group}-M{self.m}-{dtype}"
 
 
 def cases(
@@ -100,6 +103,27 @@ DENSE = [
 ]
 
 
+def table_cases(shapes: list[tuple[int, int, int]], ms: tuple[int, ...], forms: tuple[str, ...]) -> list[Case]:
+    """Tables x (N, K, group) x M, the dtypes taking turns; mxfp4 and nvfp4 at the group they have by definition."""
+    turn = cycle((BF16, FP16))
+    return [
+        Case(4, True, n, k, GROUP_SIZE.get(form, group), m, next(turn), form)
+        for (n, k, group), form, m in product(shapes, forms, ms)
+    ]
+
+
+TABLES_INTERPRETED = [
+    *table_cases([(50, 96, 32), (34, 160, 160)], (3,), ("nf4",)),
+    *table_cases([(34, 160, 160)], (17, 3), ("fp4",)),
+    *table_cases([(50, 96, 0)], (2,), ("nvfp4",)),
+]
+TABLES_ON_GPU = [  # both sides of the 64 tokens beyond which a table is decoded before it is multiplied
+    *table_cases([(50, 96, 32), (50, 160, 160)], (1, 17, 65), ("nf4", "fp4")),
+    *table_cases([(192, 576, 64)], (1, 16, 64, 65), tuple(LEVELS)),
+    *table_cases([(4096, 4096, 64)], (1, 33, 64, 300, 2100), ("nf4", "mxfp4")),
+]
+
+
 def guarded(inner: Tensor, poison: float) -> Tensor:
     """``inner`` as rows 1 .. -1 of a larger tensor of poison: a read outside shows up as NaN or as a wrong code.
 
@@ -125,6 +149,7 @@ def make(case: Case, device: str) -> tuple[Tensor, PackedWeight]:
         None if case.symmetric else guarded(zero.to(device), 255),
         case.bits,
         case.k,
+        case.form,
     )
     assert weight.packed.shape[1] == words_per_row(case.k, case.bits)
     return guarded(x.to(device), float("nan")), weight
@@ -227,6 +252,52 @@ def check_dense(case: Case, device: str) -> None:
     assert torch.isnan(out[[0, -1]]).all(), "wrote outside its output"
 
 
+def check_table(case: Case, device: str) -> None:
+    """A table's weights: both orders decode bit for bit, and their products are right, decoded and streamed."""
+    from dq_kernels.dequant import dequantize
+    from dq_kernels.qmm import qmm_prepared
+    from dq_kernels.stream import Tile, decode_stream, qmm_stream
+    from dq_kernels.stream_layout import stream_weight
+
+    x, w = make(case, device)
+    backend, roundoff = TritonCuda(), torch.finfo(case.dtype).eps / 2
+    assert backend.can_run(Call.qmm(x, w)) is None
+    dense = poisoned(case.n, case.k, x)
+    dequantize(w.packed, w.scale, None, bits=4, k=w.k, dtype=case.dtype, out=dense[1:-1], form=w.form)
+    assert torch.equal(dense[1:-1], w.decode(dtype=case.dtype)), "not the bits of PackedWeight.decode"
+    assert torch.isnan(dense[[0, -1]]).all(), "wrote outside its output"
+    assert_within(backend.qmm(x, w), x, w.decode(), roundoff)
+    prepared = backend.prepare(w, case.dtype)
+    if case.group < 32:
+        assert prepared is None
+        return
+    assert prepared is not None
+    # Registers hold levels in x's dtype, in which nf4's are rounded (the interpreter has no bf16), then the product is.
+    compute = FP32 if device == "cpu" and case.dtype == BF16 else case.dtype
+    levels = torch.tensor(LEVELS[case.form], device=device).to(compute).float()[w.codes().long()]
+    values = levels * w.scale.float().repeat_interleave(case.group, 1)
+    rounded = values.to(case.dtype)
+    streamed = stream_weight(w.packed, w.scale, None, bits=4, k=w.k, form=w.form)
+    dense = poisoned(case.n, case.k, x)
+    decode_stream(streamed, dense[1:-1])
+    assert torch.equal(dense[1:-1], rounded), "the streaming order decodes to other values"
+    assert torch.isnan(dense[[0, -1]]).all(), "decoding wrote outside its output"
+    row = case.group == case.k
+    tile = Tile(BM=16, BN=16 if device == "cpu" else 64, num_warps=4, num_stages=3, split=2)
+    outs = [poisoned(case.m, case.n, x) for _ in range(2)]
+    for out in outs:
+        qmm_stream(x, streamed, tile, out[1:-1])
+    assert_within(outs[0][1:-1], x, values if row or compute == FP32 else rounded)
+    assert torch.equal(outs[0][1:-1], outs[1][1:-1]), "two runs differ"
+    assert torch.isnan(outs[0][[0, -1]]).all(), "wrote outside its output"
+    if device == "cuda":  # the tables of tiles are those of chips
+        out = poisoned(case.m, case.n, x)
+        qmm_prepared(x, streamed, out[1:-1])
+        assert_within(out[1:-1], x, rounded, roundoff if row else 0.0)
+        assert torch.isnan(out[[0, -1]]).all(), "wrote outside its output"
+        assert torch.equal(out[1:-1], backend.qmm_prepared(x, prepared)), "the backend does something else"
+
+
 def check_dispatch(case: Case, device: str) -> None:
     """x [2, M, K] through the dispatcher with DQ_BACKEND=triton."""
     from dq_runtime.backends import dispatch
@@ -252,6 +323,7 @@ CHECKS: dict[str, tuple[Callable[[Case, str], None], list[Case]]] = {
     "matmul": (check_matmul, INTERPRETED),
     "dense": (check_dense, DENSE),
     "not-streamed": (check_not_streamed, NOT_STREAMED),
+    "table": (check_table, TABLES_INTERPRETED),
     "dispatch": (check_dispatch, [DISPATCHED]),
 }
 
@@ -380,6 +452,12 @@ def test_not_streamed_on_gpu(case: Case, cuda: str) -> None:
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_dense_on_gpu(case: Case, cuda: str) -> None:
     check_dense(case, cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TABLES_ON_GPU, ids=str)
+def test_tables_on_gpu(case: Case, cuda: str) -> None:
+    check_table(case, cuda)
 
 
 @pytest.mark.gpu

@@ -84,6 +84,14 @@ def test_fused_layers_and_the_dtype_of_scales(wide: Path, tmp_path: Path) -> Non
     assert "would be rounded to float16" in check(path, "vllm").verdicts[-1].change
 
 
+def test_a_dense_member_of_a_fused_matrix(wide: Path, tmp_path: Path) -> None:
+    spec = QuantSpec(GridSpec(bits=4, group_size=64), overrides=(Override.parse("*.k_proj=dense"),))
+    result = check(pack_model(wide, tmp_path / "half", spec), "vllm")
+    refused = {v.layer.rpartition(".")[2]: v.change for v in result.verdicts if not v.load}
+    assert refused.keys() == {"q_proj", "v_proj"}
+    assert set(refused.values()) == {"k_proj, in one matrix with it there, is dense; pack both or neither"}
+
+
 def test_fused_groups_and_shards_by_name() -> None:
     names = [f"model.layers.0.{n}_proj" for n in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")]
     assert fused_groups(names) == [names[:3], names[3:]]

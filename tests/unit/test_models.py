@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 import dq_runtime
-from dq_runtime.errors import SpecError
+from dq_runtime.errors import CheckpointError, SpecError
+from dq_runtime.export.check import check
 from dq_runtime.modules.quant_linear import QuantLinear
 from dq_runtime.modules.surgery import is_conv1d, linears
 from dq_runtime.packing.checkpoint import open_checkpoint
@@ -107,8 +109,14 @@ def test_gpt2_conv1d(tmp_path: Path) -> None:
     # compressed-tensors readers know no Conv1D: transformers would fill in random weights, so it must refuse.
     config_json = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config_json["quantization_config"]["quant_method"] == "dq"
-    with pytest.raises(Exception, match="dq_gpt2"):
+    with pytest.raises(Exception, match=r"dq_gpt2|transposed linears"):  # as another test may have imported ours
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    import_module("dq_runtime.hf")
+    with pytest.raises(CheckpointError, match=r"transposed linears run through dq_runtime\.load"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    checked = check(tmp_path / "out", "transformers")
+    assert not checked.loads
+    assert "export to dense" in checked.verdicts[0].change
 
 
 def test_gpt2_rounded_by_discquant(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dq_runtime.data import pack_windows
 from dq_runtime.data.documents import read_documents
 from dq_runtime.errors import DQError
 from dq_runtime.evaluate.intervals import paired_ci95
+from dq_runtime.export.run import export
 from dq_runtime.runtime.dense import load_dense
 from dq_runtime.runtime.load import load
 from dq_runtime.scores import Measurement, score
@@ -81,6 +82,22 @@ def test_tasks_run_on_the_packed_model(pair: tuple[str, str], tiny_text: Path, t
     accuracy, interval = result.tasks["parity"]
     assert accuracy in (0.0, 0.25, 0.5, 0.75, 1.0)
     assert interval is not None
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_a_table_checkpoint_is_measured_packed_and_as_its_dense_export_is(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    path = pack_model(tiny_model, tmp_path / "nf4", QuantSpec(GridSpec.named("nf4", group_size=64)))
+    export(path, "dense", tmp_path / "dense")
+    items = [{"query": f"Question: is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(4)]
+    (tmp_path / "parity.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    measurement = Measurement(str(tiny_text), 2, 32, tasks=("parity",), tasks_data=tmp_path, task_items=4)
+    table, dense = score([str(path), str(tmp_path / "dense")], str(tiny_model), measurement, "cpu")
+    assert table.kl > 0.01
+    assert table.kl == pytest.approx(dense.kl, rel=1e-3)
+    assert table.perplexity == pytest.approx(dense.perplexity, rel=1e-3)
+    assert table.tasks == dense.tasks
 
 
 def test_bad_requests_are_refused_in_one_sentence(

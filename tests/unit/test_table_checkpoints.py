@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from packed_checkpoints import pack_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dq_runtime
 from dq_runtime.cli import main
-from dq_runtime.errors import CheckpointError, SpecError
+from dq_runtime.errors import SpecError
 from dq_runtime.export.check import check
 from dq_runtime.export.run import export
 from dq_runtime.levels import LEVELS
 from dq_runtime.packing.checkpoint import open_checkpoint
-from dq_runtime.runtime.load import load, load_for_text
-from dq_runtime.spec import GridSpec, QuantSpec, RoundingSpec
+from dq_runtime.runtime.load import load
+from dq_runtime.spec import GridSpec, Override, QuantSpec, RoundingSpec
 
 TOKENS = torch.arange(5, 45).view(1, -1)
 FLOATS = ("mxfp4", "nvfp4")  # those that compressed-tensors has a format for
@@ -94,28 +96,6 @@ def test_compressed_tensors_reads_mxfp4_and_nvfp4(
     torch.testing.assert_close(ours, other, rtol=0, atol=2e-4 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_tables_without_a_name_elsewhere_are_not_mistaken_for_a_model(name: str, packed: dict[str, Path]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    with pytest.raises((ValueError, KeyError), match="dq_llama"):
-        AutoModelForCausalLM.from_pretrained(packed[name])
-    config = dq_runtime.load(packed[name]).path  # and here they load
-    assert config
-    answer = load_for_text(packed[name])
-    assert answer.encode("Hello")
-
-
-def test_packed_linears_in_transformers_say_what_they_do_not_hold(
-    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dq_runtime.hf.quantizer import PackedConfig, PackedQuantizer
-
-    stated = open_checkpoint(packed["mxfp4"]).config["quantization_config"]
-    with pytest.raises(CheckpointError, match=r"integer grids only, not mxfp4.*dq_runtime\.load"):
-        PackedQuantizer(PackedConfig.from_dict(stated))
-
-
 def test_a_grid_aimed_at_gguf_is_exported_without_a_change(packed: dict[str, Path], tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     for name, kind in (("gguf:q4_0", "Q4_0"), ("mxfp4", "MXFP4")):
@@ -160,10 +140,59 @@ def test_compressed_tensors_again_shares_the_global_scale(name: str, packed: dic
 def test_check_says_who_reads_a_table(packed: dict[str, Path]) -> None:
     assert check(packed["mxfp4"], "llama.cpp").loads
     assert check(packed["mxfp4"], "transformers").loads
-    for name, engine in (("nf4", "transformers"), ("nvfp4", "llama.cpp"), ("fp4", "mlx"), ("nvfp4", "vllm")):
+    ours = check(packed["nf4"], "transformers")
+    assert ours.loads
+    assert "import dq_runtime.hf" in ours.verdicts[0].how
+    assert "without it refuses" in ours.notes[0]
+    for name, engine in (("nvfp4", "llama.cpp"), ("fp4", "mlx")):
         checked = check(packed[name], engine)
         assert not checked.loads
         assert name in checked.verdicts[0].change
+
+
+def test_check_says_what_vllm_does_with_a_table(
+    packed: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dq_runtime.export import check_tables
+
+    how = {name: {v.how for v in check(packed[name], "vllm").verdicts} for name in LEVELS}
+    assert how["nf4"] == how["fp4"] == {"our plugin: Triton from sm_80 on, C++ on CPUs"}
+    assert "sm_100 on FlashInfer, which rounds activations" in how["mxfp4"].pop()
+    assert "weights only" in how["nvfp4"].pop()
+    assert all(check(packed[name], "vllm").loads for name in LEVELS)
+    # 64 inputs of o_proj and 192 of down_proj on 2 ranks, in groups of 64.
+    refused = {v.layer.rpartition(".")[2]: v.change for v in check(packed["nf4"], "vllm", 2).verdicts if not v.load}
+    assert refused.keys() == {"o_proj", "down_proj"}
+    assert "32 inputs a rank are no whole groups of 64" in refused["o_proj"]
+    assert check(packed["fp4"], "vllm", 2).loads
+    mixed = QuantSpec(GridSpec.named("nf4", group_size=64), overrides=(Override.parse("*.k_proj=4:32"),))
+    refused = {
+        v.layer: v.change for v in check(pack_model(tiny_model, tmp_path / "k", mixed), "vllm").verdicts if v.change
+    }
+    assert len(refused) == 3
+    assert all("share their groups" in change for change in refused.values())
+    path = tmp_path / "scaled"
+    shutil.copytree(packed["nvfp4"], path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_global_scale"] /= 2
+    save_file(tensors, path / "model.safetensors")
+    (path / "SHA256SUMS").unlink()
+    refused = {v.layer: v.change for v in check(path, "vllm").verdicts if not v.load}
+    assert "largest of their global scales" in next(iter(refused.values()))
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(check_tables, "version", absent)
+    assert "vLLM is not installed here" in check(packed["nf4"], "vllm").notes[0]
+    monkeypatch.setattr(check_tables, "version", lambda name: "0.33.0")
+    monkeypatch.setattr(check_tables, "entry_points", lambda group: [])
+    assert "vLLM 0.33.0 is installed here and does not find it" in check(packed["nf4"], "vllm").notes[0]
+    ours = EntryPoint("dq", "dq_runtime.vllm_plugin:register", "vllm.general_plugins")
+    monkeypatch.setattr(check_tables, "entry_points", lambda group: [ours])
+    assert check(packed["nf4"], "vllm").notes[0].endswith("and finds it")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS=other keeps it" in check(packed["nf4"], "vllm").notes[0]
 
 
 def test_quantize_on_a_table_from_the_command_line(

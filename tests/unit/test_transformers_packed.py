@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,17 +15,20 @@ from typing import Any
 import pytest
 import torch
 from packed_checkpoints import pack_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import dq_runtime
 from dq_runtime.errors import CheckpointError
 from dq_runtime.hf.linear import PackedLinear
+from dq_runtime.levels import LEVELS
 from dq_runtime.packing.checkpoint import open_checkpoint
 from dq_runtime.runtime.load import load
 from dq_runtime.spec import GridSpec, Override, QuantSpec
 
+ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(5, 45).view(1, -1)
 
 
@@ -93,16 +102,125 @@ def test_a_bias_is_loaded(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(packed_model: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     path = tmp_path / "bad"
     shutil.copytree(packed_model, path)
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"weight_packed is .* but 4 bits of the model's"):
+    with pytest.raises(CheckpointError, match=r"weight_packed is int32 \[\d+, 18\], expected int32 \[\d+, 24\]"):
         AutoModelForCausalLM.from_pretrained(path)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny model on every table grid, the output projections left dense."""
+    folder, dense = tmp_path_factory.mktemp("tables"), (Override.parse("*.o_proj=dense"),)
+    group = {"nf4": 64, "fp4": 32}
+    return {
+        name: pack_model(
+            tiny_model, folder / name, QuantSpec(GridSpec.named(name, group_size=group.get(name)), overrides=dense)
+        )
+        for name in LEVELS
+    }
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_tables_stay_packed_speak_and_are_saved_as_they_were(
+    name: str, tables: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tables[name]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    packed = {layer: module for layer, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert set(packed) == set(open_checkpoint(path).layers)
+    assert {module.form for module in packed.values()} == {name}
+    ours = load(path, "cpu", torch.float32, exact=True)
+    logits = logits_of(model)
+    torch.testing.assert_close(logits, ours.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = dq_runtime.generate(ours, "Anna found", max_tokens=8)
+    ids = tokenizer("Anna found", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert out.tolist()[: len(text.tokens)] == text.tokens
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (path, tmp_path / "again"))
+    for layer in packed:
+        stored = {tensor: value for tensor, value in before.items() if tensor.startswith(f"{layer}.")}
+        assert stored.keys() == {tensor for tensor in after if tensor.startswith(f"{layer}.")}
+        for tensor, value in stored.items():
+            assert after[tensor].dtype == value.dtype
+            assert torch.equal(after[tensor].view(torch.uint8), value.view(torch.uint8)), tensor
+    stated = [json.loads((folder / "config.json").read_text())["model_type"] for folder in (path, tmp_path / "again")]
+    assert stated == ["dq_llama" if name in ("nf4", "fp4") else "llama"] * 2, "nobody else may mistake it"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(logits_of(again), logits)
+
+
+def test_a_config_of_ours_is_copied_pickled_and_known_by_its_true_type(tables: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(tables["nf4"])
+    for same in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert isinstance(same, LlamaConfig)
+        assert same.model_type == "llama"
+        assert same.hidden_size == 64
+        assert json.loads(same.to_json_string())["model_type"] == "dq_llama"
+
+
+def test_importing_our_package_is_enough_for_our_own_tables(tables: dict[str, Path]) -> None:
+    """Without use_packed_linears(); and without us the directory is refused, not run on random weights."""
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "dq_llama" in str(error)
+else:
+    raise SystemExit("it was loaded without us")
+import dq_runtime.hf
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model).__name__, type(model.model.layers[0].self_attn.q_proj).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tables["fp4"])], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.stdout.split() == ["LlamaForCausalLM", "PackedLinear"], done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_lora_trains_through_a_table(tables: dict[str, Path]) -> None:
+    peft = pytest.importorskip("peft")
+    from dq_runtime.hf.lora import lora_config
+
+    base = AutoModelForCausalLM.from_pretrained(tables["nf4"], dtype=torch.float32)
+    model = peft.get_peft_model(base, lora_config(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    losses = train(model, TOKENS, 6, 2e-2)
+    assert losses[-1] < losses[0]
+
+
+def test_what_cannot_stay_packed_in_transformers_names_the_reason(
+    tables: dict[str, Path], packed_model: Path, tmp_path: Path
+) -> None:
+    layer = "model.layers.0.mlp.up_proj"
+
+    def changed(source: Path, name: str, change: Any) -> Path:
+        path = tmp_path / f"{source.name}-{name}"
+        shutil.copytree(source, path)
+        tensors = load_file(path / "model.safetensors")
+        value = change(tensors.pop(f"{layer}.{name}"))
+        save_file(tensors | ({} if value is None else {f"{layer}.{name}": value}), path / "model.safetensors")
+        return path
+
+    cases = [
+        (changed(tables["nvfp4"], "weight_global_scale", lambda t: t * 1.37), "no power of two.*dq_runtime.load"),
+        (changed(packed_model, "weight_scale", lambda t: t.float()), "stored as float32.*dq_runtime.load"),
+        (changed(packed_model, "weight_shape", lambda t: None), "weight_shape is missing"),
+        (changed(tables["nf4"], "weight_scale", lambda t: t * float("nan")), "NaN or infinity"),
+    ]
+    for path, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            AutoModelForCausalLM.from_pretrained(path)
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------------------

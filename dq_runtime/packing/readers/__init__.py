@@ -16,6 +16,7 @@ from dq_runtime.errors import CheckpointError
 from dq_runtime.packing.atomic import TOGETHER, unfinished_by
 from dq_runtime.packing.checkpoint import Checkpoint, NotPackedError
 from dq_runtime.packing.directory import read_json, stored_scheme, tensor_files, verify_sums
+from dq_runtime.packing.quant_config import OWN_METHOD
 from dq_runtime.packing.shown import shown
 from dq_runtime.registry import Registry
 
@@ -36,7 +37,7 @@ _PACKED = (".weight_packed", ".qweight")
 def format_of(scheme: dict[str, Any], where: str) -> str:
     """The member of :data:`READERS` for what a config says about quantization."""
     method = scheme.get("quant_method")
-    if method == "dq":  # ours, in a model that other readers of compressed-tensors cannot serve
+    if method == OWN_METHOD:  # ours, in a model that other readers of compressed-tensors cannot serve
         return "compressed-tensors"
     if method in ("auto-round", "intel/auto-round"):
         return "awq" if "awq" in str(scheme.get("packing_format")) else "gptq"

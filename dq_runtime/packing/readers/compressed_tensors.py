@@ -56,10 +56,10 @@ def open_compressed_tensors(directory: Path, config: dict[str, Any], scheme: dic
     if not layers:
         raise CheckpointError(f"{directory} holds no packed weights, although its config says it is quantized")
     for layer, stored in layers.items():
-        _verify_names(layer, _suffixes(stored, ordered), files, directory)
+        verify_names(layer, stored, ordered, files, directory)
     reasons = {}
     for layer, stored in layers.items():
-        reason = _stored(layer, stored, files, directory).reason()
+        reason = stored_layer(layer, stored, files, directory).reason()
         if reason is not None:
             reasons[layer] = reason
     packed = {layer: s for layer, s in layers.items() if layer not in reasons}
@@ -70,8 +70,10 @@ def open_compressed_tensors(directory: Path, config: dict[str, Any], scheme: dic
     return CompressedTensors(directory, config, packed, tuple(dense), notes_on(reasons.items()), files, spread)
 
 
-def _verify_names(layer: str, wanted: tuple[str, ...], files: dict[str, TensorFile], directory: Path) -> None:
-    """A packed layer has the tensors its scheme calls for, and no others (groups of columns are named at will)."""
+def verify_names(layer: str, scheme: Scheme, ordered: bool, files: dict[str, TensorFile], directory: Path) -> None:
+    """A packed layer has the tensors its scheme calls for, and no others (groups of columns, which ``ordered`` calls
+    for, are named at will)."""
+    wanted = _suffixes(scheme, ordered)
     for suffix in SUFFIXES:
         present = f"{layer}.{suffix}" in files
         if present != (suffix in wanted) and not (present and suffix == "weight_g_idx"):
@@ -90,11 +92,11 @@ class CompressedTensors(DirectoryCheckpoint):
     def array(self, name: str) -> HostTensor:
         layer = name.removesuffix(".weight")
         if layer in self.spread and name != layer:
-            return _stored(layer, self.spread[layer], self.files, self.path).values()
+            return stored_layer(layer, self.spread[layer], self.files, self.path).values()
         return super().array(name)
 
     def weight(self, layer: str) -> HostWeight:
-        return _stored(layer, self.layers[layer], self.files, self.path).weight()
+        return stored_layer(layer, self.layers[layer], self.files, self.path).weight()
 
 
 def packed_layer(layer: str, scheme: Scheme, file: TensorFile) -> HostWeight:
@@ -110,8 +112,8 @@ def _suffixes(scheme: Scheme, ordered: bool) -> tuple[str, ...]:
     return wanted if scheme.symmetric else (*wanted, "weight_zero_point")
 
 
-def _stored(layer: str, scheme: Scheme, files: dict[str, TensorFile], path: Path) -> _Stored | StoredFloat4:
-    """The layer by the kind of its tensors."""
+def stored_layer(layer: str, scheme: Scheme, files: dict[str, TensorFile], path: Path) -> _Stored | StoredFloat4:
+    """The tensors of one packed layer, checked: ``n``, ``k``, and its ``weight()`` unless there is a ``reason()``."""
     if scheme.form in FLOAT_FORMATS:
         tensors = {s: files[f"{layer}.{s}"].tensor(f"{layer}.{s}") for s in FLOAT4_SUFFIXES[scheme.form]}
         return StoredFloat4(f"{path}: {layer}", scheme.form, tensors)

@@ -166,7 +166,7 @@ def _run(
     modules = linears(lm.model)
     grids = plan(modules, spec)
     planner = None if spec.target is None else Planner(modules, grids, spec)
-    check_disk(output, lm.model, modules, grids, spec.rounding.name)
+    check_disk(output, lm.model, modules, grids, spec.rounding.name, request.blockwise)
     train, held = windows_of(lm, state, texts, request, listener)
     weights = fingerprint(stored.weights(grids) if stored else (weight_of(modules[name]) for name in grids))
     state.claim(claim(request, texts, (train, held), weights))

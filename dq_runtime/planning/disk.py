@@ -15,12 +15,15 @@ from dq_runtime.spec import GridSpec
 DISK = "disk"
 
 
-def disk_use(shape: ModelShape, method: str, streams: int = 0) -> list[Component]:
+def disk_use(shape: ModelShape, method: str, blockwise: bool = False, streams: int = 0) -> list[Component]:
     """What lies on the disk at the worst moment: while a state replaces the one before it, or at the end, when state,
-    choices and checkpoint are there together. ``streams``: bytes of hidden states that lie in a file."""
+    choices and checkpoint are there together. ``blockwise``: finished blocks are files of the checkpoint already, and
+    only the state of one is kept beside them. ``streams``: bytes of hidden states that lie in a file."""
     state = state_size(method, shape)
     choices = 0 if method == "nearest" else CODES * shape.weights + scales_size(shape)
     checkpoint = packed_size(shape) + 2 * shape.dense
+    if blockwise:
+        state, choices = 2 * state * shape.largest_block // shape.weights, 0
     found = [Component("state of the run", state, f"{state / shape.weights:.2f} B x W", DISK)]
     if 2 * state > state + choices + checkpoint:
         found.append(Component("the state that replaces it", state, "written before the old one goes", DISK))
@@ -33,10 +36,10 @@ def disk_use(shape: ModelShape, method: str, streams: int = 0) -> list[Component
 
 
 def check_disk(
-    output: Path, model: Any, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], method: str
+    output: Path, model: Any, modules: Mapping[str, Any], grids: Mapping[str, GridSpec], method: str, blockwise: bool
 ) -> None:
     """Refuse now rather than after hours."""
-    needed = sum(component.size for component in disk_use(shape_of(model, modules, grids), method))
+    needed = sum(component.size for component in disk_use(shape_of(model, modules, grids), method, blockwise))
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

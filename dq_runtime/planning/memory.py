@@ -76,11 +76,15 @@ class Phase:
 
 
 def state_size(method: str, shape: ModelShape) -> int:
-    """Bytes of the state that a method saves, at its largest; ``scales``: 2 bytes each where the method moves them."""
+    """Bytes of the state that a method saves, at its largest, with scales, whether it moves them or not."""
     if method == "nearest":
         return 0
-    per_weight = {"discquant": LATENT, "discquant-paper": RELAXED, "qat": RELAXED}.get(method, CODES)
-    return per_weight * shape.weights + scales_size(shape) * (2 if method == "qat" else 1)
+    if method == "discquant-paper":
+        return RELAXED * shape.weights
+    if method == "qat":  # and the ends of every group's range, float32, with two moments as well
+        ends = sum(layer.scales * (1 if layer.symmetric else 2) for layer in shape.layers)
+        return RELAXED * (shape.weights + ends)
+    return (LATENT if method == "discquant" else CODES) * shape.weights + scales_size(shape)
 
 
 def scales_size(shape: ModelShape) -> int:

@@ -148,12 +148,10 @@ def _writing(parts: Parts) -> Phase:
     """Codes of every layer beside their packed form, and the dense tensors in the serving dtype."""
     shape, world = parts.shape, parts.set.world
     found = [*parts.context(), *_chosen(parts)]
-    if parts.set.method == "discquant":
-        found.append(parts.latents())
     if world > 1:
         found.append(parts.packed("nearest, packed"))
     found.append(parts.part("dense tensors as served", 2 * shape.dense, "2 B x D", HOST))
-    return Phase("codes and checkpoint", tuple(found))
+    return Phase("checkpoint", tuple(found))
 
 
 def _evaluating(parts: Parts) -> Phase:

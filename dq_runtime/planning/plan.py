@@ -126,7 +126,7 @@ def make_plan(question: Question) -> Plan:
 def _planned(shape: ModelShape, setting: Setting, rates: Rates, limits: Mapping[str, int]) -> Plan:
     phases = (blockwise if setting.blockwise else whole_model)(shape, setting)
     streams = 2 * stream_size(shape, setting) if setting.blockwise else 0
-    disk = disk_use(shape, setting.method, streams if streams > 2 * STREAM_IN_MEMORY else 0)
+    disk = disk_use(shape, setting.method, setting.blockwise, streams if streams > 2 * STREAM_IN_MEMORY else 0)
     found = durations(shape, setting, rates)
     return Plan(shape, setting, tuple(phases), tuple(disk), tuple(found), rates.source, limits)
 

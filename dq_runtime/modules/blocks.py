@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dq_runtime.errors import DQError
+from dq_runtime.grids import Scales
 from dq_runtime.modules.block_trace import Call, Trace, Watch, block_list, inputs_of, run_until
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import Mode, StudentLinear
@@ -113,7 +114,10 @@ class _Streams(ABC):
         layer, choice = self.layers[name], self._chosen.get(name)
         if choice is None:
             return layer.weight
-        return lambda: layer.grid.decode(choice.codes.to(layer.scale.device), choice.scales or layer.scales)
+        device, scales = layer.scale.device, choice.scales or layer.scales
+        zero = None if scales.zero is None else scales.zero.to(device)
+        scales = Scales(scales.scale.to(device), zero)  # those of a resumed run come from a file
+        return lambda: layer.grid.decode(choice.codes.to(device), scales)
 
     def _with(self, weights: Weights, run: Callable[[], Tensor]) -> Tensor:
         """``run()`` with these weights in place, float32."""

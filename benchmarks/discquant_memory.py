@@ -1,6 +1,7 @@
-"""Memory and time of a step: discquant-paper, discquant's second stage, and that stage with 32-bit state.
+"""Memory and time of a step: discquant-paper, discquant's second stage, that stage with 32-bit state, and a whole run
+of autoround that streams its blocks from disk.
 
-    python benchmarks/discquant_memory.py [--output FILE]
+    python benchmarks/discquant_memory.py [--output FILE] [--only blockwise]
 
 A random Llama (67 million weights, 3 bits, groups of 64, float32, one thread) is rounded for a few steps by each, in a
 process of its own. Run from the root with the package installed. Bytes are per quantized weight:
@@ -9,6 +10,11 @@ process of its own. Run from the root with the package installed. Bytes are per 
     original   what the layers hold of the original weights beside it (the teacher), likewise
     peak       how far the process's memory rises above what it was before the method began: state, gradients, temporary
                tensors and activations (64 tokens, an embedding of 512: small on purpose)
+
+The rows of ``blockwise`` are of ``dq quantize --blockwise --rounding autoround`` from beginning to end, measurement
+included, on a model of as many layers as the row says (4.2 million weights each, 3 bits, two steps a block): how far
+the process's memory rises above what it was before, a small model having been quantized already. They are compared with
+what discquant, by its row above, holds of a whole model at its worst moment: original and peak.
 
 The held-out KL beside them is that of stories260K in benchmarks/results/compare_stories260k.json.
 """
@@ -19,9 +25,11 @@ import argparse
 import gc
 import json
 import multiprocessing
+import random
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +39,18 @@ from discquant_step import NoState
 from theory_common import ROOT, rows_of, with_figure, write_result
 from torch import Tensor
 
-from dq_runtime.environment import flushed_denormals
+from dq_runtime.environment import flushed_denormals, trim_memory
 from dq_runtime.grids import GRIDS
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import StudentLinear
 from dq_runtime.modules.surgery import linears, replace_module, weight_of
 from dq_runtime.packing.atomic import replace_file
+from dq_runtime.pipeline import quantize
 from dq_runtime.rounding import Choice, Job
 from dq_runtime.rounding.discquant import Recipe, distil, usual_rate
 from dq_runtime.rounding.discquant_paper import DiscQuantPaper
 from dq_runtime.rounding.latent import Latent
-from dq_runtime.spec import GridSpec
+from dq_runtime.spec import GridSpec, QuantSpec, RoundingSpec
 
 BITS, STEPS, WINDOW = 3, 8, 64
 SHAPE = {
@@ -53,6 +62,7 @@ SHAPE = {
     "vocab_size": 512,
 }
 METHODS = ("discquant-paper", "discquant", "discquant, 32-bit state")
+DEPTHS = (8, 24)
 
 
 def build() -> StudentModel:
@@ -68,6 +78,57 @@ def build() -> StudentModel:
         module.weight = None
     windows = torch.randint(0, SHAPE["vocab_size"], (STEPS, WINDOW), generator=torch.Generator().manual_seed(1))
     return StudentModel(model, layers, windows, torch.float32)
+
+
+def measure_blockwise(depth: int) -> dict[str, Any]:
+    """One row: a model of ``depth`` layers on disk, rounded and measured there; in a fresh process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
+        folder = Path(place)
+        text = folder / "text.txt"
+        words = random.Random(0)
+        text.write_text("\n\n".join(" ".join(f"w{words.randrange(90)}" for _ in range(60)) for _ in range(99)) + "\n")
+        small, large = (_saved(folder / name, layers) for name, layers in (("small", 1), ("large", depth)))
+        _blockwise(small, folder / "small_out", text)  # what is loaded or cached at first use is there from here on
+        gc.collect()
+        trim_memory()
+        Path("/proc/self/clear_refs").write_text("5")
+        before, began = kilobytes("VmRSS"), time.perf_counter()
+        report = _blockwise(large, folder / "out", text)
+        seconds, peak = time.perf_counter() - began, 1024 * (kilobytes("VmHWM") - before)
+    weights = report["quantized_weights"]
+    return {
+        "layers": depth,
+        "weights": weights,
+        "peak_bytes": peak,
+        "peak_bytes_per_weight": peak / weights,
+        "peak_bytes_per_weight_of_a_block": depth * peak / weights,
+        "seconds": seconds,
+    }
+
+
+def _saved(folder: Path, layers: int) -> Path:
+    """A random model of blocks an eighth the size, with a tokenizer of a word a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    shape = SHAPE | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape | {"num_hidden_layers": layers}, max_position_embeddings=WINDOW)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({"[E]": 0} | {f"w{i}": i + 1 for i in range(90)}, unk_token="[E]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[E]").save_pretrained(folder)
+    gc.collect()
+    return folder
+
+
+def _blockwise(model: Path, output: Path, text: Path) -> dict[str, Any]:
+    spec = QuantSpec(GridSpec(bits=BITS, group_size=64), rounding=RoundingSpec("autoround", {"iters": 2, "batch": 4}))
+    sizes = {"windows": STEPS, "window_length": WINDOW, "held_out_windows": 2}
+    return quantize(
+        str(model), output, spec, calibration=str(text), compute_dtype="float32", blockwise=True, **sizes
+    )  # fmt: skip
 
 
 def kilobytes(field: str) -> int:
@@ -149,26 +210,69 @@ def table(result: dict[str, Any]) -> list[str]:
     return rows_of(head, lines)
 
 
-def _answer(method: str, pipe: Any) -> None:
-    pipe.send(measure(method))
+def blockwise_table(result: dict[str, Any]) -> list[str]:
+    """In markdown: what streaming takes, and what discquant holding the same model takes by the rows above."""
+    whole = next(row for row in result["rows"] if row["method"] == "discquant")
+    each = whole["original_bytes_per_weight"] + whole["peak_bytes_per_weight"]
+    head = [
+        "layers",
+        "weights",
+        "peak",
+        "bytes a weight",
+        "bytes a weight of one block",
+        "of discquant's",
+        "held-out KL",
+    ]
+    return rows_of(
+        head,
+        [
+            [
+                str(row["layers"]),
+                f"{row['weights'] / 1e6:.0f} M",
+                f"{row['peak_bytes'] / 1e6:.0f} MB",
+                f"{row['peak_bytes_per_weight']:.2f}",
+                f"{row['peak_bytes_per_weight_of_a_block']:.0f}",
+                f"{row['peak_bytes_per_weight'] / each:.0%}",
+                f"{row['kl_stories260k']:.3f}",
+            ]
+            for row in result["blockwise"]
+        ],
+    )
+
+
+def _apart(measured: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What it gives in a process of its own."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_answer, args=(theirs, measured, *arguments))
+    process.start()
+    row: dict[str, Any] = ours.recv()
+    process.join()
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _kl_of(method: str) -> float | None:
+    """Held out, of stories260K, from the table of methods; None for what is no method of it."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "compare_stories260k.json").read_text())["rows"]
+    at = {"method": method, "bits": BITS, "group_size": 64, "transform": "identity"}
+    found = [row["kl"] for row in rows if all(row.get(key) == value for key, value in at.items())]
+    return found[0] if found else None
+
+
+def _answer(pipe: Any, measured: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+    pipe.send(measured(*arguments))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "discquant_memory.json")
-    output = parser.parse_args().output
-    kls = json.loads((ROOT / "benchmarks" / "results" / "compare_stories260k.json").read_text())["rows"]
-    rows = []
-    for method in METHODS:
-        ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=_answer, args=(method, theirs))
-        process.start()
-        row = ours.recv()
-        process.join()
-        at = {"method": method, "bits": BITS, "group_size": 64, "transform": "identity"}
-        found = [k["kl"] for k in kls if all(k.get(key) == value for key, value in at.items())]
-        rows.append(row | {"kl_stories260k": found[0] if found else None})
-        print(json.dumps(rows[-1]))
+    parser.add_argument("--only", choices=["blockwise"], help="keep the other rows that FILE has")
+    chosen = parser.parse_args()
+    (ROOT / "build").mkdir(exist_ok=True)
+    if chosen.only:
+        rows = json.loads(chosen.output.read_text())["rows"]
+    else:
+        rows = [_apart(measure, method) | {"kl_stories260k": _kl_of(method)} for method in METHODS]
     result = {
         "question": "bytes a quantized weight, seconds a step and held-out KL of stories260K",
         "model": SHAPE,
@@ -176,10 +280,12 @@ def main() -> None:
         "window": WINDOW,
         "steps": STEPS,
         "rows": rows,
+        "blockwise": [_apart(measure_blockwise, depth) | {"kl_stories260k": _kl_of("autoround")} for depth in DEPTHS],
     }
-    written = write_result(output, "discquant_memory", result)
+    written = write_result(chosen.output, "discquant_memory", result)
     page = ROOT / "docs" / "discquant.md"
     text = with_figure(page.read_text(encoding="utf-8"), "memory", table(written))
+    text = with_figure(text, "blockwise", blockwise_table(written))
     replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
 
 

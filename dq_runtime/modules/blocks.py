@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import DQError
+from dq_runtime.grids import Scales
 from dq_runtime.modules.block_trace import Call, Trace, Watch, block_list, inputs_of, run_until
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import Mode, StudentLinear
@@ -115,10 +116,14 @@ class _Streams(ABC):
         layer, choice = self.layers[name], self._chosen.get(name)
         if choice is None:
             return layer.weight
+        device = layer.scale.device
 
         def weight() -> Tensor:
             chosen = whole_choice(choice)
-            return layer.grid.decode(chosen.codes.to(layer.scale.device), chosen.scales or layer.scales)
+            scales = chosen.scales or layer.scales
+            zero = None if scales.zero is None else scales.zero.to(device)
+            scales = Scales(scales.scale.to(device), zero)  # those of a resumed run come from a file
+            return layer.grid.decode(chosen.codes.to(device), scales)
 
         return weight
 

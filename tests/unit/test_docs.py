@@ -204,5 +204,11 @@ def test_the_tables_of_the_page_on_discquant_are_the_committed_results(monkeypat
     for table, lines in discquant_ablation.tables(ablation["rows"]).items():
         assert "\n".join([f"<!-- {table} -->", *lines, "<!-- end -->"]) in page
     assert "\n".join(["<!-- memory -->", *discquant_memory.table(memory), "<!-- end -->"]) in page
+    assert "\n".join(["<!-- blockwise -->", *discquant_memory.blockwise_table(memory), "<!-- end -->"]) in page
     ours = next(row for row in memory["rows"] if row["method"] == "discquant")
     assert ours["state_bytes_per_weight"] < 5
+    few, many = memory["blockwise"]
+    assert many["layers"] == 3 * few["layers"]
+    assert many["peak_bytes"] < 1.2 * few["peak_bytes"]
+    whole = ours["original_bytes_per_weight"] + ours["peak_bytes_per_weight"]
+    assert many["peak_bytes_per_weight"] < 0.4 * whole

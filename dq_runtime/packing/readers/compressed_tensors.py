@@ -101,7 +101,7 @@ class CompressedTensors(DirectoryCheckpoint):
 
 def packed_layer(layer: str, scheme: Scheme, file: TensorFile) -> HostWeight:
     """One layer of which all tensors lie in ``file``."""
-    return _stored(layer, scheme, dict.fromkeys(file.names(), file), file.path).weight()
+    return stored_layer(layer, scheme, dict.fromkeys(file.names(), file), file.path).weight()
 
 
 def _suffixes(scheme: Scheme, ordered: bool) -> tuple[str, ...]:

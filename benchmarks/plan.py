@@ -27,7 +27,11 @@ FEW = ["--held-out-windows", "2", "--compute-dtype", "float32", "--bits", "3"]
 STORIES_RUNS = [
     (["--rounding", "discquant", "--set", "iters=3", "--set", "epochs=2"], 16, 512),
     (["--rounding", "discquant-paper"], 16, 512),
+    (["--rounding", "autoround", "--set", "iters=3"], 16, 512),
+    (["--rounding", "gptq"], 16, 512),
+    (["--rounding", "nearest"], 16, 512),
     (["--rounding", "autoround", "--set", "iters=3", "--blockwise"], 16, 512),
+    (["--rounding", "gptq", "--blockwise"], 16, 512),
 ]
 SMOL_RUNS = [
     (["--rounding", "discquant", "--set", "iters=1", "--set", "batch=4", "--set", "epochs=1"], 4, 256),

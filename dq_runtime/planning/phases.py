@@ -127,7 +127,7 @@ def _latent_step(parts: Parts) -> Phase:
     if setting.world > 1:
         found.append(parts.layer(8, "gathered from all processes"))
     if parts.each == GPU:
-        size = 4 * shape.weights / setting.world
+        size = 4 * shape.weights // setting.world
         found.append(parts.part("state on its way to the disk", size, "4 B x W", HOST))
     return Phase("whole model (second stage)", tuple(found))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py --stories build/stories260k --stories-text tiny.txt [--model DIR] [--text FILE]
 
-Every row is ``dq plan`` and ``dq quantize`` with the same options, each in a process of its own, with few windows and
+Every row is ``dq plan`` and, in a process of its own, ``dq quantize`` with the same options, few windows and few
 iterations: memory does not depend on how many iterations there are, and windows are counted. Seconds are not compared
 here (``dq plan --measure`` does that on a machine that does nothing else). Then the plans of Llama-3.1-70B, which
 have not been run. Finished rows lie in build/theory/plan/ and are not made again.
@@ -10,15 +10,18 @@ have not been run. Finished rows lie in build/theory/plan/ and are not made agai
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from theory_common import ROOT, Parts, Subject, options, rows_of, smol, stories, with_figure, write_result
 
+from dq_runtime.cli import main as main_of_dq
 from dq_runtime.packing.atomic import replace_file
 
 # Of stories260K the inputs of down_proj are no multiple of a group.
@@ -27,13 +30,14 @@ FEW = ["--held-out-windows", "2", "--compute-dtype", "float32", "--bits", "3"]
 STORIES_RUNS = [
     (["--rounding", "discquant", "--set", "iters=3", "--set", "epochs=2"], 16, 512),
     (["--rounding", "discquant-paper"], 16, 512),
+    (["--rounding", "autoround", "--set", "iters=3"], 16, 512),
+    (["--rounding", "gptq"], 16, 512),
+    (["--rounding", "nearest"], 16, 512),
     (["--rounding", "autoround", "--set", "iters=3", "--blockwise"], 16, 512),
 ]
 SMOL_RUNS = [
     (["--rounding", "discquant", "--set", "iters=1", "--set", "batch=4", "--set", "epochs=1"], 4, 256),
     (["--rounding", "autoround", "--set", "iters=1", "--set", "batch=4", "--blockwise"], 4, 256),
-    (["--rounding", "gptq"], 4, 256),
-    (["--rounding", "nearest"], 4, 256),
 ]
 LLAMA = str(ROOT / "benchmarks" / "configs" / "llama-3.1-70b.json")
 LLAMA_RUNS = {
@@ -42,13 +46,22 @@ LLAMA_RUNS = {
 }
 
 
-def dq(*arguments: str) -> dict[str, Any]:
-    """What a command prints as JSON."""
-    command = [sys.executable, "-m", "dq_runtime", *arguments, "--json"]
+def quantize(*arguments: str) -> dict[str, Any]:
+    """The report of a run in a process of its own."""
+    command = [sys.executable, "-m", "dq_runtime", "quantize", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    """What ``dq plan`` prints, made in this process, whose resident memory counts as the baseline."""
+    with redirect_stdout(io.StringIO()) as said:
+        if code := main_of_dq(["plan", *arguments, "--tflops", "400", "--json"]):
+            raise SystemExit(code)
+    answer: dict[str, Any] = json.loads(said.getvalue())
     return answer
 
 
@@ -63,13 +76,13 @@ def row(
     def measured() -> float:
         for left in (output, output.with_name("out.partial")):
             shutil.rmtree(left, ignore_errors=True)
-        report = dq("quantize", subject.path, "-o", str(output), *method, *sizes, *text)
+        report = quantize(subject.path, "-o", str(output), *method, *sizes, *text)
         shutil.rmtree(output, ignore_errors=True)
         return float(report["peak_memory_bytes"])
 
     settings = {"model": subject.name, "options": [*method, *sizes]}
     peak = parts.get(f"{subject.name} {' '.join(method)}", settings, measured)
-    plan = dq("plan", subject.path, *method, *sizes)
+    plan = planned(subject.path, *method, *sizes)
     predicted = plan["peak"]["host"]
     return {
         "model": subject.name,
@@ -88,8 +101,8 @@ def row(
 
 def llama(name: str, arguments: list[str]) -> dict[str, Any]:
     """A plan of Llama-3.1-70B on GPUs that are not here."""
-    plan = dq("plan", LLAMA, *arguments, "--gpu-memory", "80", "--host-memory", "2000")
-    return {"name": name, "arguments": arguments, **{k: v for k, v in plan.items() if k not in ("limits", "disk_free")}}
+    plan = planned(LLAMA, *arguments, "--gpu-memory", "80", "--host-memory", "2000")
+    return {"name": name, "arguments": arguments, **{k: v for k, v in plan.items() if k not in ("limits", "seconds")}}
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -60,6 +60,7 @@ def test_every_command_line_option_in_the_readme_exists(
     flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", readme))
     for command in (
         "quantize",
+        "plan",
         "compare",
         "generate",
         "inspect",
@@ -212,3 +213,14 @@ def test_the_tables_of_the_page_on_discquant_are_the_committed_results(monkeypat
     assert many["peak_bytes"] < 1.2 * few["peak_bytes"]
     whole = ours["original_bytes_per_weight"] + ours["peak_bytes_per_weight"]
     assert many["peak_bytes_per_weight"] < 0.4 * whole
+
+
+def test_the_tables_of_the_plan_page_are_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import plan
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text())
+    page = (ROOT / "docs" / "plan.md").read_text()
+    assert "\n".join(plan.table(result)) in page
+    for each in result["llama_3_1_70b"]:
+        assert "\n".join(plan.arithmetic(each)) in page

@@ -212,6 +212,43 @@ void check_training(int64_t n, int64_t k, int64_t group, bool bf16) {
     for (int i = 0; i < 6; ++i) compare(names[i], results[0][i], results[1][i], bounds[i]);
 }
 
+template <typename T>
+std::vector<float> widened(const std::vector<T>& values) {
+    return {values.begin(), values.end()};
+}
+
+void check_latent(int64_t n, int64_t k, int64_t group, int bits, bool bf16) {
+    const auto scales = integers<uint16_t>(n * k / group, 0x3C00, 0x3CFF);
+    const auto zeros = integers<uint8_t>(n * k / group, 0, (1 << bits) - 1);
+    const auto latents = integers<int16_t>(n * k, -32768, 32767);
+    const auto shares = integers<int8_t>(n * k, -127, 127);
+    const auto squares = integers<uint8_t>(n * k, 0, 255);
+    const auto grad = uniform(n * k, -1, 1);
+    const auto halves = integers<uint16_t>(n * k, 0x3A00, 0x3C00);
+    const auto row = uniform(3 * n, 0, 1), column = uniform(3 * k, 0, 1);
+    std::vector<float> results[2][5];
+    for (const Kernels* kernels : {&ISA, &kScalarKernels}) {
+        const LatentKernels& latent = kernels->latent;
+        auto& [weight, largest, moved_u, moved_m, moved_v] = results[kernels == &kScalarKernels];
+        weight.assign(latents.size(), NAN);
+        std::vector<uint16_t> narrow(latents.size(), 0x7FC0);
+        void* out = bf16 ? static_cast<void*>(narrow.data()) : weight.data();
+        latent.weight({{scales.data(), true, n, k, group}, latents.data(), zeros.data(), bits, out, bf16}, 0, n);
+        if (bf16) weight = widened(narrow);
+        auto u = latents;
+        auto m = shares;
+        auto v = squares;
+        const void* from = bf16 ? static_cast<const void*>(halves.data()) : grad.data();
+        const LatentState state{n, k, u.data(), m.data(), v.data(), from, bf16, row.data(), column.data()};
+        largest = {latent.largest(state, 0, n)};
+        latent.step(state, {0.9f, 0.1f, 0.999f, 0.001f, 0.03f, 790, 791, 1.5f, 31.75f, 200}, 0, n);
+        moved_u = widened(u), moved_m = widened(m), moved_v = widened(v);
+    }
+    // No sum, and each operation rounds as IEEE says: the same to the bit.
+    const char* names[] = {"latent_weight", "latent_largest", "latent u", "latent m", "latent v"};
+    for (int i = 0; i < 5; ++i) compare(names[i], results[0][i], results[1][i], 0);
+}
+
 }  // namespace
 
 int main() {
@@ -230,6 +267,9 @@ int main() {
         check_training(17, 576, 64, bf16);
         check_training(5, 33, 11, bf16);
         check_training(3, 7, 7, bf16);
+        check_latent(17, 576, 64, 3, bf16);
+        check_latent(5, 33, 11, 2, bf16);
+        check_latent(3, 7, 7, 8, bf16);
     }
     std::printf("%s: %d checks, %d failures\n", ISA.name, checks, failures);
     return failures != 0;

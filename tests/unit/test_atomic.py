@@ -204,7 +204,7 @@ def test_overwrite_keeps_the_old_checkpoint_until_the_new_one_is_complete(
 ) -> None:
     import shutil
 
-    import dq_runtime.pipeline
+    import dq_runtime.evaluate.report
 
     output = tmp_path / "out"
     shutil.copytree(packed_model, output)
@@ -215,7 +215,7 @@ def test_overwrite_keeps_the_old_checkpoint_until_the_new_one_is_complete(
     def fail(directory: Path) -> None:
         raise BoomError
 
-    monkeypatch.setattr(dq_runtime.pipeline, "write_sums", fail)
+    monkeypatch.setattr(dq_runtime.evaluate.report, "write_sums", fail)
     with pytest.raises(BoomError):
         dq_runtime.quantize(str(tiny_model), output, spec, overwrite=True, **options)  # type: ignore[arg-type]
     monkeypatch.undo()

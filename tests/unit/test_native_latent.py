@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -133,3 +135,16 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(bad: float
         one.step(gradient)
     for name, tensor in one.tensors("a").items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_every_instruction_set() -> None:
+    """The same tests in a process whose kernels are another set's."""
+    if os.environ.get("DQ_ISA"):
+        return
+    for isa in ("scalar", "avx2"):
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DQ_ISA": isa}, check=False)
+        if "this CPU lacks" in done.stdout or "not compiled in" in done.stdout:
+            continue
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert "passed" in done.stdout

@@ -1,7 +1,8 @@
 """The passes over a four-byte latent in C++ (csrc/cpu/latent.h), one over memory each where torch takes thirty.
 
 :mod:`latent` and :mod:`byte_moments` define them; the results differ where float32 rounding falls on the other side of
-a floor. On one thread of a Zen 4 a step of a weight takes 2 to 3 ns instead of 8 to 17, building it 0.2 instead of 1 to 12.
+a floor. On one thread of a Zen 4 a step of a weight takes 2 to 3 ns instead of 8 to 17, building it 0.2 instead of 1 to
+12.
 """
 
 from __future__ import annotations

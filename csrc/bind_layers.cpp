@@ -8,11 +8,6 @@
 namespace dq::binding {
 namespace {
 
-// The address of 16-bit or 32-bit floats.
-void* floats(uintptr_t value, const char* name, bool half) {
-    return half ? static_cast<void*>(address<uint16_t>(value, name)) : address<float>(value, name);
-}
-
 void* maybe(uintptr_t value, const char* name, bool half) { return value ? floats(value, name, half) : nullptr; }
 
 AttentionShape shape_of(int64_t tokens, int64_t heads, int64_t key_heads, int64_t dim) {

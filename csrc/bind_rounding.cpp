@@ -46,11 +46,6 @@ void gptq(uintptr_t values, uintptr_t target, uintptr_t feedback, uintptr_t carr
     gptq_block(block, useful);
 }
 
-// The address of 16-bit or 32-bit floats.
-void* floats(uintptr_t value, const char* name, bool half) {
-    return half ? static_cast<void*>(address<uint16_t>(value, name)) : address<float>(value, name);
-}
-
 void decoded(uintptr_t u, uintptr_t scale, bool scale_is_bf16, uintptr_t zero, int bits, int64_t n, int64_t k,
              int64_t group_size, uintptr_t out, bool out_is_bf16, int threads) {
     check_bits(bits);

@@ -14,11 +14,6 @@ GroupScales scales(uintptr_t values, bool bf16, int64_t n, int64_t k, int64_t gr
     return {address<const uint16_t>(values, "scale"), bf16, n, k, group_size};
 }
 
-// The address of 16-bit or 32-bit floats.
-void* floats(uintptr_t value, const char* name, bool half) {
-    return half ? static_cast<void*>(address<uint16_t>(value, name)) : address<float>(value, name);
-}
-
 int64_t adam(uintptr_t x, uintptr_t grad, uintptr_t m, uintptr_t v, uintptr_t y, uintptr_t free, int64_t count,
              float kl_weight, float clamp, float beta1, float beta2, float epsilon, float decay, float rate,
              float root_correction, int threads) {

@@ -19,6 +19,11 @@ T* address(uintptr_t value, const char* name, size_t alignment = alignof(T)) {
     return reinterpret_cast<T*>(value);
 }
 
+// The address of 16-bit or 32-bit floats.
+inline void* floats(uintptr_t value, const char* name, bool half) {
+    return half ? static_cast<void*>(address<uint16_t>(value, name)) : address<float>(value, name);
+}
+
 inline void positive(int64_t value, const char* name) {
     if (value <= 0) throw py::value_error(std::string(name) + " must be positive, got " + std::to_string(value));
 }

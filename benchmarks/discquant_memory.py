@@ -39,7 +39,7 @@ from discquant_step import NoState
 from theory_common import ROOT, rows_of, with_figure, write_result
 from torch import Tensor
 
-from dq_runtime.environment import flushed_denormals, trim_memory
+from dq_runtime.environment import flushed_denormals, give_back_memory
 from dq_runtime.grids import GRIDS
 from dq_runtime.modules.student import StudentModel
 from dq_runtime.modules.student_linear import StudentLinear
@@ -91,7 +91,7 @@ def measure_blockwise(depth: int) -> dict[str, Any]:
         small, large = (_saved(folder / name, layers) for name, layers in (("small", 1), ("large", depth)))
         _blockwise(small, folder / "small_out", text)  # what is loaded or cached at first use is there from here on
         gc.collect()
-        trim_memory()
+        give_back_memory()
         Path("/proc/self/clear_refs").write_text("5")
         before, began = kilobytes("VmRSS"), time.perf_counter()
         report = _blockwise(large, folder / "out", text)

@@ -49,11 +49,7 @@ void gptq(uintptr_t values, uintptr_t target, uintptr_t feedback, uintptr_t carr
 void decoded(uintptr_t u, uintptr_t scale, bool scale_is_bf16, uintptr_t zero, int bits, int64_t n, int64_t k,
              int64_t group_size, uintptr_t out, bool out_is_bf16, int threads) {
     check_bits(bits);
-    positive(n, "N");
-    positive(k, "K");
-    positive(group_size, "group_size");
-    if (k % group_size != 0) throw py::value_error("group_size must divide K");
-    const LatentWeight w{{address<const uint16_t>(scale, "scale"), scale_is_bf16, n, k, group_size},
+    const LatentWeight w{group_scales(scale, scale_is_bf16, n, k, group_size),
                          address<const int16_t>(u, "u"),
                          reinterpret_cast<const uint8_t*>(zero),
                          bits,

@@ -6,14 +6,6 @@
 namespace dq::binding {
 namespace {
 
-GroupScales scales(uintptr_t values, bool bf16, int64_t n, int64_t k, int64_t group_size) {
-    positive(n, "N");
-    positive(k, "K");
-    positive(group_size, "group_size");
-    if (k % group_size != 0) throw py::value_error("group_size must divide K");
-    return {address<const uint16_t>(values, "scale"), bf16, n, k, group_size};
-}
-
 int64_t adam(uintptr_t x, uintptr_t grad, uintptr_t m, uintptr_t v, uintptr_t y, uintptr_t free, int64_t count,
              float kl_weight, float clamp, float beta1, float beta2, float epsilon, float decay, float rate,
              float root_correction, int threads) {
@@ -28,7 +20,7 @@ int64_t adam(uintptr_t x, uintptr_t grad, uintptr_t m, uintptr_t v, uintptr_t y,
 
 void lerp(uintptr_t lo, uintptr_t x, uintptr_t scale, bool scale_is_bf16, uintptr_t zero, int middle, int64_t n,
           int64_t k, int64_t group_size, uintptr_t out, bool out_is_bf16, int threads) {
-    const LerpWeight w{scales(scale, scale_is_bf16, n, k, group_size),
+    const LerpWeight w{group_scales(scale, scale_is_bf16, n, k, group_size),
                        address<const uint8_t>(lo, "lo"),
                        address<const float>(x, "x"),
                        reinterpret_cast<const uint8_t*>(zero),
@@ -41,8 +33,8 @@ void lerp(uintptr_t lo, uintptr_t x, uintptr_t scale, bool scale_is_bf16, uintpt
 
 void scaled(uintptr_t grad, bool grad_is_bf16, uintptr_t scale, bool scale_is_bf16, int64_t n, int64_t k,
             int64_t group_size, uintptr_t out, int threads) {
-    const ScaledGrad g{scales(scale, scale_is_bf16, n, k, group_size), floats(grad, "grad", grad_is_bf16), grad_is_bf16,
-                       address<float>(out, "out")};
+    const ScaledGrad g{group_scales(scale, scale_is_bf16, n, k, group_size), floats(grad, "grad", grad_is_bf16),
+                       grad_is_bf16, address<float>(out, "out")};
     py::gil_scoped_release release;
     scale_grad(g, threads);
 }

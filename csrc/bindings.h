@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/training.h"
+
 namespace dq::binding {
 
 namespace py = pybind11;
@@ -26,6 +28,15 @@ inline void* floats(uintptr_t value, const char* name, bool half) {
 
 inline void positive(int64_t value, const char* name) {
     if (value <= 0) throw py::value_error(std::string(name) + " must be positive, got " + std::to_string(value));
+}
+
+// 16-bit scales at an address, one for group_size of the k columns.
+inline GroupScales group_scales(uintptr_t values, bool bf16, int64_t n, int64_t k, int64_t group_size) {
+    positive(n, "N");
+    positive(k, "K");
+    positive(group_size, "group_size");
+    if (k % group_size != 0) throw py::value_error("group_size must divide K");
+    return {address<const uint16_t>(values, "scale"), bf16, n, k, group_size};
 }
 
 inline void check_bits(int bits) {

@@ -59,11 +59,14 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def trim_memory() -> None:
-    """Give freed memory back to the system. glibc's allocator keeps what lies below anything still in use: after a few
-    blocks of a model, several times what is."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+def memory_status(field: str) -> int | None:
+    """``VmRSS`` (resident now) or ``VmHWM`` (at most so far) of this process in bytes; None where the system does not
+    tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def device_name(device: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dq_runtime.environment import trim_memory
+from dq_runtime.environment import give_back_memory
 from dq_runtime.errors import CheckpointError, SpecError
 from dq_runtime.modules.block_trace import Trace, block_list, run_until
 from dq_runtime.modules.student import StudentModel
@@ -110,7 +110,7 @@ class StreamedStudent(StudentModel):
             for part in parts:
                 self._unload(part)
             self._loaded = before
-            trim_memory()
+            give_back_memory()  # glibc kept several blocks' worth
 
     def trace(self) -> Trace:
         """How the blocks are called; found by reading the model once, the first time. :class:`SpecError` for a model

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dq_runtime.modules.hidden_states import IN_MEMORY
 from dq_runtime.planning.memory import (
     CODES,
     HOST,
-    STREAM_IN_MEMORY,
     Component,
     Parts,
     Phase,
@@ -58,7 +58,7 @@ def blockwise(shape: ModelShape, setting: Setting) -> list[Phase]:
 def _streams(parts: Parts) -> list[Component]:
     """Two streams, in place; in a file beyond a size."""
     size = stream_size(parts.shape, parts.set)
-    if size > STREAM_IN_MEMORY:
+    if size > IN_MEMORY:
         return [parts.part("hidden states", 0, f"2 x {size / 1e9:.1f} GB in a file", HOST)]
     how = f"2 x 4 B x {parts.set.windows} x {parts.set.length} x H"
     return [parts.part("hidden states, original and rounded", 2 * size, how, HOST)]
@@ -68,7 +68,7 @@ def _held(parts: Parts) -> list[Component]:
     """Three streams of the held-out windows: original, nearest, what was written."""
     setting = parts.set
     size = 4 * setting.held * setting.length * parts.shape.hidden
-    kept = 0 if size > STREAM_IN_MEMORY else 3 * size
+    kept = 0 if size > IN_MEMORY else 3 * size
     return [parts.part("hidden states, held-out", kept, f"3 x 4 B x {setting.held} x {setting.length} x H", HOST)]
 
 

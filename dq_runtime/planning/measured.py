@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from dq_runtime.environment import flushed_denormals, peak_memory
+from dq_runtime.environment import flushed_denormals, memory_status, peak_memory
 from dq_runtime.errors import DQError, Interrupted
-from dq_runtime.grids import GRIDS
 from dq_runtime.modules.block_trace import block_list
 from dq_runtime.modules.blocks import ModelBlocks
 from dq_runtime.modules.student import StudentModel, loop_dtype_of
-from dq_runtime.modules.student_linear import StudentLinear
-from dq_runtime.modules.surgery import bias_of, linears, replace_module, weight_of
+from dq_runtime.modules.student_layers import student_layers
+from dq_runtime.modules.surgery import linears
 from dq_runtime.planning.plan import Plan, Question
 from dq_runtime.preflight import check_weights, plan
+from dq_runtime.ranks import ALONE
 from dq_runtime.rounding import ROUNDINGS, Choice, Job, Needs
 from dq_runtime.rounding.discquant import Recipe, distil
 from dq_runtime.rounding.latent import Latent
@@ -89,11 +89,8 @@ class _Phases:
             Path("/proc/self/clear_refs").write_text("5")
 
     def _peak(self) -> int:
-        status = Path("/proc/self/status")
-        if self._device != "cpu" or not status.exists():
-            return peak_memory(self._device)
-        lines = status.read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        found = memory_status("VmHWM") if self._device == "cpu" else None
+        return peak_memory(self._device) if found is None else found
 
 
 class _Store:
@@ -127,13 +124,8 @@ def run(question: Question) -> list[dict[str, Any]]:
     check_weights(lm.model)
     phases.end("loading")
     modules = linears(lm.model)
-    layers = {}
-    for name, grid in plan(modules, spec).items():
-        module: Any = modules[name]
-        layers[name] = StudentLinear(weight_of(module), bias_of(module), GRIDS.get(grid.name)(grid))
-        replace_module(lm.model, name, layers[name])
-        module.weight = None
-    del modules, module
+    layers = student_layers(lm.model, modules, plan(modules, spec), device, ALONE, lambda done, total: None)
+    del modules
     tokens = torch.randint(0, lm.vocabulary, (question.windows, question.window_length))
     student = StudentModel(lm.model, layers, tokens, loop_dtype_of(question.compute_dtype, torch.device(device)))
     job = Job(layers, None, spec.seed, _Store(0), phases.step)
@@ -167,10 +159,10 @@ def _method(student: StudentModel, job: Job, spec: QuantSpec, phases: _Phases) -
     student.windows = STEPS
     whole = replace(job, student=student, store=_Store(0))
     if name == "discquant":
-        latents = {
-            key: Latent.start(layer, Choice(layer.grid.nearest(layer.weight(), layer.scales)), 0.45, i)
-            for i, (key, layer) in enumerate(student.layers.items())
-        }
+        latents = {}
+        for i, (key, layer) in enumerate(student.layers.items()):
+            nearest = Choice(layer.grid.nearest(layer.weight(), layer.scales))
+            latents[key] = Latent.start(layer, nearest, Recipe.room, i, student.compute_dtype)
         phases.step()
         distil(whole, None, latents, Recipe(epochs=1), [])
         phases.end("whole model (second stage)")

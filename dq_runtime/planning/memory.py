@@ -27,8 +27,6 @@ CUDA_CONTEXT, CUDA_SLACK = 10**9, 0.05
 HOST_SLACK = 0.75
 # Of a tokenizer in memory, bytes an entry of its vocabulary (SmolLM2: 49 MB for 49152).
 TOKENIZER = 1000
-# Beyond this size a stream of the blockwise mode lies in a file (modules/hidden_states.py).
-STREAM_IN_MEMORY = 2**30
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from dq_runtime.planning.memory import (
 )
 from dq_runtime.planning.shapes import ModelShape
 
-# Windows that the blocks' snapshots are judged on, at once as many as a batch (rounding/block_loop.py).
 BLOCK_METHODS = ("discquant", "autoround")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import torch
 
 from dq_runtime.backends import training
+from dq_runtime.environment import memory_status, peak_memory
 from dq_runtime.errors import SpecError
+from dq_runtime.modules.hidden_states import IN_MEMORY
 from dq_runtime.modules.student import loop_dtype_of
 from dq_runtime.planning.blockwise import ABLE, blockwise, stream_size
 from dq_runtime.planning.disk import DISK, disk_use
-from dq_runtime.planning.memory import GPU, HOST, METHODS, STREAM_IN_MEMORY, Component, Phase, Setting
+from dq_runtime.planning.memory import GPU, HOST, METHODS, Component, Phase, Setting
 from dq_runtime.planning.phases import whole_model
 from dq_runtime.planning.seconds import Duration, Rates, durations, measured_rates
 from dq_runtime.planning.shapes import ModelShape, model_shape
@@ -126,7 +127,7 @@ def make_plan(question: Question) -> Plan:
 def _planned(shape: ModelShape, setting: Setting, rates: Rates, limits: Mapping[str, int]) -> Plan:
     phases = (blockwise if setting.blockwise else whole_model)(shape, setting)
     streams = 2 * stream_size(shape, setting) if setting.blockwise else 0
-    disk = disk_use(shape, setting.method, setting.blockwise, streams if streams > 2 * STREAM_IN_MEMORY else 0)
+    disk = disk_use(shape, setting.method, setting.blockwise, streams if streams > 2 * IN_MEMORY else 0)
     found = durations(shape, setting, rates)
     return Plan(shape, setting, tuple(phases), tuple(disk), tuple(found), rates.source, limits)
 
@@ -161,11 +162,8 @@ def _setting(question: Question, options: dict[str, Any], shape: ModelShape) -> 
 
 def _resident() -> int:
     """Bytes of this process, which has built the model's class and read nothing."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = memory_status("VmRSS")
+    return peak_memory("cpu") if found is None else found
 
 
 def _limits(question: Question) -> dict[str, int]:

@@ -18,6 +18,7 @@ from dq_runtime.planning.shapes import ModelShape
 from dq_runtime.rounding.autoround import Offsets
 from dq_runtime.rounding.autoround import Recipe as AutoRoundRecipe
 from dq_runtime.rounding.base import Choice
+from dq_runtime.rounding.block_loop import JUDGED, SNAPSHOTS
 from dq_runtime.rounding.latent import Latent
 from dq_runtime.spec import GridSpec
 
@@ -28,7 +29,7 @@ ASSUMED_FLOPS, ASSUMED_BYTES = 4e14, 2e12
 LATENT_BYTES, SNAP_BYTES = 60, 60
 # Passes of all windows through a block beside the steps: targets, both streams, second moments, the judged snapshots.
 PASSES = 4
-JUDGED = 6 * 16
+CHOICES = SNAPSHOTS + 2  # judged: nearest and the start as well
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def durations(shape: ModelShape, setting: Setting, rates: Rates) -> list[Duratio
         batch = min(int(options["batch"]), max(1, setting.windows))
         block = 2 * shape.weights / blocks * t
         step = 3 * block * batch / rates.flops / world + rates.snap * shape.weights / blocks
-        iters, forward_passes = int(options["iters"]), PASSES * setting.windows + JUDGED
+        iters, forward_passes = int(options["iters"]), PASSES * setting.windows + CHOICES * JUDGED
         found.append(Duration("blocks", blocks * iters, step, f"{iters} a block, of {batch} windows"))
         seconds = forward_passes * block / rates.flops
         found.append(Duration("blocks, forward", blocks, seconds, f"{forward_passes} windows through each"))

@@ -129,6 +129,12 @@ struct Isa {
         }
     }
     template <int Storage>
+    static DQ_INLINE void scale_up(Sums<Storage>& s, int32_t factor, Ints first) {
+        const __m256i f = _mm256_set1_epi32(factor);
+        s.a = _mm256_add_epi32(_mm256_mullo_epi32(s.a, f), first.a);
+        s.b = _mm256_add_epi32(_mm256_mullo_epi32(s.b, f), first.b);
+    }
+    template <int Storage>
     static DQ_INLINE Floats to_float(const Sums<Storage>& s) {
         return {_mm256_cvtepi32_ps(s.a), _mm256_cvtepi32_ps(s.b)};
     }

@@ -90,6 +90,10 @@ struct Isa {
     template <int Storage>
     static DQ_INLINE void flush(Sums<Storage>&) {}
     template <int Storage>
+    static DQ_INLINE void scale_up(Sums<Storage>& sums, int32_t factor, Ints first) {
+        sums.v = _mm512_add_epi32(_mm512_mullo_epi32(sums.v, _mm512_set1_epi32(factor)), first);
+    }
+    template <int Storage>
     static DQ_INLINE Floats to_float(const Sums<Storage>& sums) {
         return _mm512_cvtepi32_ps(sums.v);
     }

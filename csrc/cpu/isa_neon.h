@@ -114,6 +114,11 @@ struct Isa {
     template <int Storage>
     static DQ_INLINE void flush(Sums<Storage>&) {}
     template <int Storage>
+    static DQ_INLINE void scale_up(Sums<Storage>& sums, int32_t factor, const Ints& first) {
+        for (int i = 0; i < 4; ++i) sums.v.part[i] = vmlaq_n_s32(first.part[i], sums.v.part[i], factor);
+        sums.flipped = vmulq_n_s32(sums.flipped, factor);
+    }
+    template <int Storage>
     static DQ_INLINE Floats to_float(const Sums<Storage>& sums) {
         Floats out;
         for (int i = 0; i < 4; ++i) {

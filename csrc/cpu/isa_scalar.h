@@ -88,6 +88,11 @@ struct Isa {
     }
     template <int Storage>
     static void flush(Sums<Storage>&) {}
+    // sums = factor * sums + first; everything has been flushed.
+    template <int Storage>
+    static void scale_up(Sums<Storage>& sums, int32_t factor, const Ints& first) {
+        for (int r = 0; r < kRows; ++r) sums.v.row[r] = factor * sums.v.row[r] + first.row[r];
+    }
     template <int Storage>
     static Floats to_float(const Sums<Storage>& sums) {
         Floats out;

@@ -24,7 +24,7 @@ struct Tile {
 // Up to this many tokens a block is unpacked in registers; above, into scratch, and read back per 6 tokens.
 constexpr int kFewTokens = 16;
 
-// In a token that is not all fine, groups whose largest magnitude exceeds so many times the row's rms have outliers, and
+// In a token that is not fine, groups whose largest magnitude exceeds so many times the row's rms have outliers, and
 // their scale is that of so many times the rms.
 constexpr float kOutlierAbove = 2.75f, kOutlierRange = 1.9f;
 // Up to so many tokens a matmul waits for memory, and 15 bits for all of them cost nothing.

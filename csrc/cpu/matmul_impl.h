@@ -68,42 +68,26 @@ DQ_INLINE Isa::Floats group_scale(const Prepared& w, int64_t scale_at) {
     return scale;
 }
 
-template <int M>
-DQ_INLINE int count_of(const Activations& a, int64_t token, int64_t g, Kind kind) {
-    int count = 0;
-    for (int m = 0; m < M; ++m) count += a.kind[(token + m) * a.groups + g] == kind;
-    return count;
-}
-
-// out[m] += sums[m] * scale of the weight * scale of the activation, times the factor of the rest where `Rest`
-template <int Storage, int M, bool Rest>
+// out[m] += sums[m] * scale of the weight * scale of the activation * factor
+template <int Storage, int M>
 DQ_INLINE void add_group(const Isa::Sums<Storage>* sums, Isa::Floats scale, const Activations& a, int64_t token, int64_t g,
-                         Isa::Floats* out) {
+                         float factor, Isa::Floats* out) {
     for (int m = 0; m < M; ++m) {
-        const int64_t at = (token + m) * a.groups + g;
-        const Isa::Floats both = Isa::mul(scale, Isa::splat_float(Rest ? a.scale[at] * rest_factor(a.kind[at]) : a.scale[at]));
+        const Isa::Floats both = Isa::mul(scale, Isa::splat_float(a.scale[(token + m) * a.groups + g] * factor));
         out[m] = Isa::mul_add(Isa::to_float(sums[m]), both, out[m]);
     }
 }
 
-// Adds the products of the units of a group that `touched` names; `quads(unit, to)` gives a unit's.
-template <int Storage, class Quads>
-DQ_INLINE void add_touched(const Prepared& w, uint32_t touched, const int8_t* rest, Quads quads, Isa::Sums<Storage>& sums) {
-    constexpr int kQuads = quads_per_unit(Storage);
-    const int64_t per_bit = units_per_bit(w), units = w.padded / (4 * kQuads);
-    for (; touched != 0; touched &= touched - 1) {
-        int64_t unit = __builtin_ctz(touched) * per_bit;
-        for (const int64_t end = unit + per_bit < units ? unit + per_bit : units; unit < end; ++unit) {
-            Isa::Quad q[kQuads];
-            quads(unit, q);
-            for (int i = 0; i < kQuads; ++i) Isa::dot(sums, q[i], rest + 4 * (unit * kQuads + i));
-            Isa::flush(sums);
-        }
-    }
+// Where any of M tokens has outliers in a group.
+template <int M>
+DQ_INLINE uint32_t touched_by(const Activations& a, int64_t token, int64_t g) {
+    uint32_t touched = 0;
+    for (int m = 0; m < M; ++m) touched |= a.touched[(token + m) * a.groups + g];
+    return touched;
 }
 
-// One group of one block with M tokens, codes unpacked in registers: the sums of q, and where Rest also those of the rest.
-template <int Storage, int M, bool Rest>
+// One group of one block with M tokens, codes unpacked in registers: adds the sums of q, and of fine tokens those of the rest.
+template <int Storage, int M, bool Fine>
 DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, const int8_t* const* x, int64_t to_rest,
                                     Isa::Sums<Storage>* sums, Isa::Sums<Storage>* rest) {
     constexpr int kQuads = quads_per_unit(Storage);
@@ -121,13 +105,13 @@ DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, con
         for (int i = 0; i < kQuads; ++i, at += 4) {
             for (int m = 0; m < M; ++m) {
                 Isa::dot(sums[m], quads[i], x[m] + at);
-                if (Rest) Isa::dot(rest[m], quads[i], x[m] + to_rest + at);
+                if (Fine) Isa::dot(rest[m], quads[i], x[m] + to_rest + at);
             }
         }
     };
     const auto flush = [&] {
         for (int m = 0; m < M; ++m) Isa::flush(sums[m]);
-        for (int m = 0; Rest && m < M; ++m) Isa::flush(rest[m]);
+        for (int m = 0; Fine && m < M; ++m) Isa::flush(rest[m]);
     };
     int64_t u = 0;
     for (; u + kStep <= units; u += kStep) {
@@ -141,9 +125,31 @@ DQ_INLINE const uint8_t* group_int8(const Prepared& w, const uint8_t* codes, con
     return codes;
 }
 
-// Products of one block with M tokens. Where most tokens of a group are fine the rests are summed together, else each
-// token's alone, unpacking again what of the group it needs.
+// Adds the products of the outliers of M tokens in a group: of the units that hold a quad which `touched` names.
 template <int Storage, int M>
+DQ_INLINE void outliers_int8(const Prepared& w, const uint8_t* codes, uint32_t touched, const int8_t* const* x, int64_t to_rest,
+                             Isa::Sums<Storage>* sums) {
+    constexpr int kQuads = quads_per_unit(Storage);
+    const int64_t quads = w.padded / 4, per_bit = quads_per_bit(w);
+    int64_t unit = 0;
+    for (; touched != 0; touched &= touched - 1) {
+        const int64_t first = __builtin_ctz(touched) * per_bit;
+        const int64_t last = (first + per_bit < quads ? first + per_bit : quads) - 1;
+        if (unit < first / kQuads) unit = first / kQuads;
+        for (; unit <= last / kQuads; ++unit) {
+            Isa::Quad q[kQuads];
+            Isa::template unpack<Storage>(codes + unit * unit_bytes(Storage), q);
+            look_up<Storage>(w, q);
+            for (int i = 0; i < kQuads; ++i) {
+                for (int m = 0; m < M; ++m) Isa::dot(sums[m], q[i], x[m] + to_rest + 4 * (unit * kQuads + i));
+            }
+            for (int m = 0; m < M; ++m) Isa::flush(sums[m]);
+        }
+    }
+}
+
+// Products of one block with M tokens, which are fine or are not.
+template <int Storage, int M, bool Fine>
 DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block, int64_t token, Isa::Floats* out) {
     const uint8_t* codes = w.codes + block * w.block_bytes();
     const int8_t* x[M];
@@ -154,48 +160,44 @@ DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block
     const int64_t to_rest = a.rest - a.q;
     for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t scale_at = (block * w.groups + g) * kRows;
-        const bool together = 2 * count_of<M>(a, token, g, kFine) > M;
-        const uint8_t* const group = codes;
         const Isa::Floats scale = group_scale<Storage>(w, scale_at);
+        const auto first = [&](const int32_t* sum, int m) {
+            return first_sum<Storage>(w, scale_at, sum[(token + m) * a.groups + g]);
+        };
         Isa::Sums<Storage> sums[M], rest[M];
-        for (int m = 0; m < M; ++m) {
-            Isa::start(sums[m], first_sum<Storage>(w, scale_at, a.sum[(token + m) * a.groups + g]));
-        }
-        if (together) {
-            for (int m = 0; m < M; ++m) {
-                Isa::start(rest[m], first_sum<Storage>(w, scale_at, a.rest_sum[(token + m) * a.groups + g]));
-            }
-            codes = group_int8<Storage, M, true>(w, codes, x, to_rest, sums, rest);
-            add_group<Storage, M, false>(sums, scale, a, token, g, out);
-            add_group<Storage, M, true>(rest, scale, a, token, g, out);
+        const uint32_t touched = Fine ? 0 : touched_by<M>(a, token, g);
+        if (touched != 0) {
+            for (int m = 0; m < M; ++m) Isa::start(sums[m], Isa::splat_int(0));
+            outliers_int8<Storage, M>(w, codes, touched, x, to_rest, sums);
+            for (int m = 0; m < M; ++m) Isa::scale_up(sums[m], kOutlierUnit, first(a.sum, m));
         } else {
-            codes = group_int8<Storage, M, false>(w, codes, x, to_rest, sums, rest);
-            add_group<Storage, M, false>(sums, scale, a, token, g, out);
-            for (int m = 0; m < M; ++m) {
-                const int64_t at = (token + m) * a.groups + g;
-                if (a.kind[at] == kCoarse) continue;
-                const int8_t* const alone = x[m] + to_rest;
-                Isa::Sums<Storage> own;
-                Isa::start(own, first_sum<Storage>(w, scale_at, a.rest_sum[at]));
-                if (a.kind[at] == kFine) {
-                    group_int8<Storage, 1, false>(w, group, &alone, 0, &own, &own);
-                } else {
-                    const auto unpacked = [&](int64_t unit, Isa::Quad* to) {
-                        Isa::template unpack<Storage>(group + unit * unit_bytes(Storage), to);
-                        look_up<Storage>(w, to);
-                    };
-                    add_touched<Storage>(w, a.touched[at], alone, unpacked, own);
-                }
-                add_group<Storage, 1, true>(&own, scale, a, token + m, g, out + m);
-            }
+            for (int m = 0; m < M; ++m) Isa::start(sums[m], first(a.sum, m));
         }
+        for (int m = 0; Fine && m < M; ++m) Isa::start(rest[m], first(a.rest_sum, m));
+        codes = group_int8<Storage, M, Fine>(w, codes, x, to_rest, sums, rest);
+        add_group<Storage, M>(sums, scale, a, token, g, 1.0f, out);
+        if (Fine) add_group<Storage, M>(rest, scale, a, token, g, 1.0f / 256.0f, out);
         for (int m = 0; m < M; ++m) x[m] += w.padded;
+    }
+}
+
+// Calls work(begin, end, fine) for every run of tokens that are all fine, or all not.
+template <bool Exact, class Work>
+void every_run(const Activations& a, const Tile& tile, const Work& work) {
+    if constexpr (Exact) return work(tile.token_begin, tile.token_end, std::false_type{});
+    for (int64_t begin = tile.token_begin, end = begin; begin < tile.token_end; begin = end) {
+        while (end < tile.token_end && a.fine[end] == a.fine[begin]) ++end;
+        if (a.fine[begin]) {
+            work(begin, end, std::true_type{});
+        } else {
+            work(begin, end, std::false_type{});
+        }
     }
 }
 
 // B blocks with M tokens; where the epilogue pairs blocks, the two of a pair. Not inlined: the registers of one M are
 // not to be chosen with regard to the others'.
-template <int Storage, bool Exact, int M, int B>
+template <int Storage, bool Exact, bool Fine, int M, int B>
 __attribute__((noinline)) void few_of_blocks(const Prepared& w, const Activations& a, const Output& out, int64_t block, int64_t token) {
     alignas(64) float products[B][M][kRows];
     Isa::Floats sums[B][M];
@@ -207,7 +209,7 @@ __attribute__((noinline)) void few_of_blocks(const Prepared& w, const Activation
             if constexpr (Exact) {
                 blocks_exact<Storage, M, 1>(w, a, block + b, token, sums + b);
             } else {
-                block_int8<Storage, M>(w, a, block + b, token, sums[b]);
+                block_int8<Storage, M, Fine>(w, a, block + b, token, sums[b]);
             }
         }
     }
@@ -227,16 +229,18 @@ __attribute__((noinline)) void few_of_blocks(const Prepared& w, const Activation
 // instructions a quad, where a token is one or two.
 template <int Storage, bool Exact, int B>
 void all_tokens(const Prepared& w, const Activations& a, const Output& out, const Tile& tile, int64_t block) {
-    int64_t token = tile.token_begin;
-    for (; Isa::kMostFew == 8 && token + 8 <= tile.token_end; token += 8) {
-        few_of_blocks<Storage, Exact, Isa::kMostFew, B>(w, a, out, block, token);
-    }
-    for (; token + 4 <= tile.token_end; token += 4) few_of_blocks<Storage, Exact, 4, B>(w, a, out, block, token);
-    switch (tile.token_end - token) {
-        case 3: return few_of_blocks<Storage, Exact, 3, B>(w, a, out, block, token);
-        case 2: return few_of_blocks<Storage, Exact, 2, B>(w, a, out, block, token);
-        case 1: return few_of_blocks<Storage, Exact, 1, B>(w, a, out, block, token);
-    }
+    every_run<Exact>(a, tile, [&](int64_t token, int64_t end, auto is_fine) {
+        constexpr bool kFine = decltype(is_fine)::value;
+        for (; Isa::kMostFew == 8 && token + 8 <= end; token += 8) {
+            few_of_blocks<Storage, Exact, kFine, Isa::kMostFew, B>(w, a, out, block, token);
+        }
+        for (; token + 4 <= end; token += 4) few_of_blocks<Storage, Exact, kFine, 4, B>(w, a, out, block, token);
+        switch (end - token) {
+            case 3: return few_of_blocks<Storage, Exact, kFine, 3, B>(w, a, out, block, token);
+            case 2: return few_of_blocks<Storage, Exact, kFine, 2, B>(w, a, out, block, token);
+            case 1: return few_of_blocks<Storage, Exact, kFine, 1, B>(w, a, out, block, token);
+        }
+    });
 }
 
 template <int Storage, bool Exact>
@@ -261,63 +265,70 @@ void unpack_block(const Prepared& w, int64_t block, uint8_t* to) {
     }
 }
 
-// M tokens x B blocks over unpacked quads [B][columns / 4][64], `bytes` from one block to the next. The rests are a second
-// pass over a group's quads, which are in L1 by then: two sets of sums would not fit the registers.
-template <int Storage, int M, int B>
+// M tokens x B blocks over unpacked quads [B][columns / 4][64], `bytes` from one block to the next. The rests of fine tokens
+// are a second pass over a group's quads, which are in L1 by then: two sets of sums would not fit the registers. Outliers
+// come first, into the same sums: in a tile of SmolLM2's activations they touch 5 of 16 quads, in a single token 1.6, and
+// going through each token's own took as long as all the rest of the tile.
+template <int Storage, int M, int B, bool Fine>
 DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block, int64_t token, const uint8_t* quads,
                          float (*products)[M][kRows]) {
-    const int64_t bytes = w.columns() * kRows;
+    const int64_t bytes = w.columns() * kRows, in_group = w.padded / 4, per_bit = quads_per_bit(w);
     Isa::Floats out[B][M];
     for (int b = 0; b < B; ++b) {
         for (int m = 0; m < M; ++m) out[b][m] = Isa::splat_float(0.0f);
     }
     for (int64_t g = 0; g < w.groups; ++g) {
         const uint8_t* const group = quads + g * w.padded * kRows;
-        const auto scale_at = [&](int b) { return ((block + b) * w.groups + g) * kRows; };
-        const auto add_all = [&](const int8_t* x, const int32_t* sum, auto is_rest) {
-            x += token * a.columns + g * w.padded;
-            sum += token * a.groups + g;
-            const uint8_t* from = group;
-            Isa::Sums<Storage> sums[B][M];
-            for (int b = 0; b < B; ++b) {
-                for (int m = 0; m < M; ++m) Isa::start(sums[b][m], first_sum<Storage>(w, scale_at(b), sum[m * a.groups]));
-            }
-            for (int64_t left = w.padded / 4; left > 0; left -= 8) {
-                const int64_t run = left < 8 ? left : 8;
-                for (int64_t i = 0; i < run; ++i, from += 64, x += 4) {
-                    Isa::Quad q[B];
-                    for (int b = 0; b < B; ++b) q[b] = Isa::load_quad(from + b * bytes);
-                    for (int m = 0; m < M; ++m) {
-                        for (int b = 0; b < B; ++b) Isa::dot(sums[b][m], q[b], x + m * a.columns);
-                    }
-                }
-                for (int b = 0; b < B; ++b) {
-                    for (int m = 0; m < M; ++m) Isa::flush(sums[b][m]);
-                }
-            }
-            for (int b = 0; b < B; ++b) {
-                const Isa::Floats scale = group_scale<Storage>(w, scale_at(b));
-                add_group<Storage, M, decltype(is_rest)::value>(sums[b], scale, a, token, g, out[b]);
+        const int64_t x_at = token * a.columns + g * w.padded, sum_at = token * a.groups + g;
+        Isa::Sums<Storage> sums[B][M];
+        const auto add_quad = [&](int64_t quad, const int8_t* x) {
+            Isa::Quad q[B];
+            for (int b = 0; b < B; ++b) q[b] = Isa::load_quad(group + quad * 64 + b * bytes);
+            for (int m = 0; m < M; ++m) {
+                for (int b = 0; b < B; ++b) Isa::dot(sums[b][m], q[b], x + m * a.columns + 4 * quad);
             }
         };
-        add_all(a.q, a.sum, std::false_type{});
-        if (count_of<M>(a, token, g, kFine)) {
-            add_all(a.rest, a.rest_sum, std::true_type{});
-            continue;
-        }
-        for (int m = 0; m < M; ++m) {
-            const int64_t at = (token + m) * a.groups + g;
-            if (a.kind[at] == kCoarse) continue;
+        const auto every_sum = [&](auto work) {
             for (int b = 0; b < B; ++b) {
-                const auto unpacked = [&](int64_t unit, Isa::Quad* to) {
-                    constexpr int kQuads = quads_per_unit(Storage);
-                    for (int i = 0; i < kQuads; ++i) to[i] = Isa::load_quad(group + b * bytes + (unit * kQuads + i) * 64);
-                };
-                Isa::Sums<Storage> own;
-                Isa::start(own, first_sum<Storage>(w, scale_at(b), a.rest_sum[at]));
-                add_touched<Storage>(w, a.touched[at], a.rest + (token + m) * a.columns + g * w.padded, unpacked, own);
-                add_group<Storage, 1, true>(&own, group_scale<Storage>(w, scale_at(b)), a, token + m, g, &out[b][m]);
+                for (int m = 0; m < M; ++m) work(sums[b][m], b, m);
             }
+        };
+        const auto flush = [](Isa::Sums<Storage>& s, int, int) { Isa::flush(s); };
+        const auto add_all = [&](const int8_t* x) {
+            for (int64_t quad = 0; quad < in_group;) {
+                for (const int64_t end = quad + 8 < in_group ? quad + 8 : in_group; quad < end; ++quad) add_quad(quad, x);
+                every_sum(flush);
+            }
+        };
+        const auto scale_at = [&](int b) { return ((block + b) * w.groups + g) * kRows; };
+        const auto first = [&](const int32_t* sum, int b, int m) {
+            return first_sum<Storage>(w, scale_at(b), sum[sum_at + m * a.groups]);
+        };
+        const auto add_products = [&](float factor) {
+            for (int b = 0; b < B; ++b) {
+                add_group<Storage, M>(sums[b], group_scale<Storage>(w, scale_at(b)), a, token, g, factor, out[b]);
+            }
+        };
+        uint32_t touched = Fine ? 0 : touched_by<M>(a, token, g);
+        if (touched == 0) {
+            every_sum([&](auto& s, int b, int m) { Isa::start(s, first(a.sum, b, m)); });
+        } else {
+            every_sum([&](auto& s, int, int) { Isa::start(s, Isa::splat_int(0)); });
+            for (; touched != 0; touched &= touched - 1) {
+                const int64_t quad = __builtin_ctz(touched) * per_bit;
+                for (int64_t i = quad; i < quad + per_bit && i < in_group; ++i) {
+                    add_quad(i, a.rest + x_at);
+                    every_sum(flush);
+                }
+            }
+            every_sum([&](auto& s, int b, int m) { Isa::scale_up(s, kOutlierUnit, first(a.sum, b, m)); });
+        }
+        add_all(a.q + x_at);
+        add_products(1.0f);
+        if (Fine) {
+            every_sum([&](auto& s, int b, int m) { Isa::start(s, first(a.rest_sum, b, m)); });
+            add_all(a.rest + x_at);
+            add_products(1.0f / 256.0f);
         }
     }
     for (int b = 0; b < B; ++b) {
@@ -325,14 +336,14 @@ DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block,
     }
 }
 
-template <int Storage, bool Exact, int M, int B>
+template <int Storage, bool Exact, bool Fine, int M, int B>
 void tile_of(const Prepared& w, const Activations& a, const Output& out, int64_t block, int64_t token,
              const void* scratch) {
     alignas(64) float products[B][M][kRows];
     if constexpr (Exact) {
         tile_exact<Storage, M, B>(w, a, block, token, static_cast<const float*>(scratch), products);
     } else {
-        tile_int8<Storage, M, B>(w, a, block, token, static_cast<const uint8_t*>(scratch), products);
+        tile_int8<Storage, M, B, Fine>(w, a, block, token, static_cast<const uint8_t*>(scratch), products);
     }
     const bool paired = out.epilogue != Epilogue::kStore;
     for (int m = 0; m < M; ++m) {
@@ -353,12 +364,14 @@ void tiles_of_blocks(const Prepared& w, const Activations& a, const Output& out,
             unpack_block<Storage>(w, block + b, static_cast<uint8_t*>(tile.scratch) + b * w.columns() * kRows);
         }
     }
-    int64_t token = tile.token_begin;
-    for (; token + Isa::kTokens <= tile.token_end; token += Isa::kTokens) {
-        tile_of<Storage, Exact, Isa::kTokens, B>(w, a, out, block, token, tile.scratch);
-    }
-    for (; token + 2 <= tile.token_end; token += 2) tile_of<Storage, Exact, 2, B>(w, a, out, block, token, tile.scratch);
-    for (; token < tile.token_end; ++token) tile_of<Storage, Exact, 1, B>(w, a, out, block, token, tile.scratch);
+    every_run<Exact>(a, tile, [&](int64_t token, int64_t end, auto is_fine) {
+        constexpr bool kFine = decltype(is_fine)::value;
+        for (; token + Isa::kTokens <= end; token += Isa::kTokens) {
+            tile_of<Storage, Exact, kFine, Isa::kTokens, B>(w, a, out, block, token, tile.scratch);
+        }
+        for (; token + 2 <= end; token += 2) tile_of<Storage, Exact, kFine, 2, B>(w, a, out, block, token, tile.scratch);
+        for (; token < end; ++token) tile_of<Storage, Exact, kFine, 1, B>(w, a, out, block, token, tile.scratch);
+    });
 }
 
 template <int Storage, bool Exact>

@@ -70,30 +70,31 @@ struct Prepared {
 
 // Activations of `tokens` rows, padded like the weight they meet: column c of group g is at g * padded + c.
 //
-// x = scale * (q + factor * rest), the factor by the kind of the group:
+// A fine token has 15 bits everywhere: x = scale * (q + rest / 256), two products. For very few tokens the second costs
+// nothing, since memory is what they wait for.
 //
-//   kCoarse    0        8 bits are enough: rest is zero and not even multiplied
-//   kFine      1 / 256  15 bits of everything. For very few tokens a second product costs nothing, since memory is what
-//                       they wait for.
-//   kOutliers  254      an outlier would take the precision of its whole group. The scale is that of the others, and rest
-//                       is zero but for the few values beyond 127 of it: their units alone (`touched`) are multiplied.
+// Any other token has 8: x = scale * (q + 254 * rest). Where a group's largest value is so large that it would take the
+// precision of the others, the scale is that of the others, and rest holds what is beyond 127 of it: it is zero elsewhere,
+// and multiplied only where it is not (`touched`). The two make one integer sum: |sum| <= sum |x| / scale <=
+// 127 / kOutlierRange * sqrt(group * k), and half a unit a value, so that 255 times it stays below 2^31 up to
+// group = k = 66000.
 //
-// SmolLM2-135M at 4 bits, KL to exact activations: 6.7e-3 with every group coarse, 8.1e-4 with coarse ones and outliers, below
-// 1e-7 with every group fine.
-enum Kind : uint8_t { kCoarse = 0, kFine = 1, kOutliers = 2 };
-inline float rest_factor(uint8_t kind) { return kind == kFine ? 1.0f / 256.0f : 254.0f; }
+// SmolLM2-135M at 4 bits, KL to exact activations: 6.7e-3 with 8 bits and no outliers, 8.1e-4 with them, below 1e-7 with
+// every token fine.
+constexpr int32_t kOutlierUnit = 254;
 
 struct Activations {
-    int8_t *q, *rest;         // [tokens, columns], in [-127, 127]
-    float* scale;             // [tokens, groups]: what the group's q of 127 stands for / 127
-    int32_t *sum, *rest_sum;  // [tokens, groups]: of q, of rest
-    uint32_t* touched;        // [tokens, groups]: bit i is set where rest is not 0 in units i * units_per_bit(w) and on
-    uint8_t* kind;            // [tokens, groups]
-    float* x;                 // [tokens, columns]: the exact path instead of all of the above
+    int8_t *q, *rest;    // [tokens, columns], in [-127, 127]
+    float* scale;        // [tokens, groups]: what the group's q of 127 stands for / 127
+    int32_t* sum;        // [tokens, groups]: of q; where the token is not fine, of q + 254 * rest
+    int32_t* rest_sum;   // [tokens, groups]: of rest, of fine tokens
+    uint32_t* touched;   // [tokens, groups]: of other tokens, bit i where rest is not 0 in quads i * quads_per_bit(w) and on
+    uint8_t* fine;       // [tokens]
+    float* x;            // [tokens, columns]: the exact path instead of all of the above
     int64_t columns, groups;
 };
 
-inline int64_t units_per_bit(const Prepared& w) { return (w.padded / (4 * quads_per_unit(w.storage)) + 31) / 32; }
+inline int64_t quads_per_bit(const Prepared& w) { return (w.padded / 4 + 31) / 32; }
 
 // Lays out activations of `tokens` rows for `w` from `start` (64-byte aligned) on; nullptr only measures. Returns bytes.
 inline int64_t place_activations(const Prepared& w, int64_t tokens, bool exact, unsigned char* start, Activations* a) {
@@ -112,8 +113,8 @@ inline int64_t place_activations(const Prepared& w, int64_t tokens, bool exact, 
     a->touched = reinterpret_cast<uint32_t*>(at + 12 * blocks);
     a->q = reinterpret_cast<int8_t*>(at + 16 * blocks);
     a->rest = reinterpret_cast<int8_t*>(at + 16 * blocks + cells);
-    a->kind = reinterpret_cast<uint8_t*>(at + 16 * blocks + 2 * cells);
-    return static_cast<int64_t>(17 * blocks + 2 * cells);
+    a->fine = reinterpret_cast<uint8_t*>(at + 16 * blocks + 2 * cells);
+    return static_cast<int64_t>(16 * blocks + 2 * cells) + tokens;
 }
 
 // What becomes of the products x @ w.T.

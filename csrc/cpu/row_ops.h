@@ -10,6 +10,8 @@
 namespace dq {
 namespace {
 
+enum class Kind { kCoarse, kFine, kOutliers };  // 8 bits, 15, or 8 with outliers apart
+
 // What quantize_group leaves behind besides the codes.
 struct GroupResult {
     float scale;
@@ -33,22 +35,22 @@ DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padd
     // Below 2^-120 the inverse would overflow: such a group is zero. NaN and infinity reach the scale, and the output.
     const bool usable = !(range < 7.5e-37f);
     const float inverse = usable ? 127.0f / range : 0.0f;
-    constexpr float kShare = 1.0f / 254.0f;
+    constexpr float kUnit = kOutlierUnit, kShare = 1.0f / kUnit;
     const vf most = splat(127.0f);
     vf sum = vf{}, rest_sum = vf{};
     int64_t i = 0;
     for (; i + W <= count; i += W) {
         vf v = load(x + i) * inverse;
-        if (kind == kOutliers) {
+        if (kind == Kind::kOutliers) {
             const vf beyond = max(min(round_even(v * kShare), most), -most);
-            v = v - beyond * 254.0f;
+            v = v - beyond * kUnit;
             store_codes(rest + i, beyond);
             rest_sum += beyond;
         }
         const vf high = max(min(round_even(v), most), -most);
         store_codes(q + i, high);
         sum += high;
-        if (kind == kFine) {
+        if (kind == Kind::kFine) {
             const vf below = max(min(round_even((v - high) * 256.0f), most), -most);
             store_codes(rest + i, below);
             rest_sum += below;
@@ -57,27 +59,29 @@ DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padd
     float total = sum_of(sum), rest_total = sum_of(rest_sum);
     for (; i < count; ++i) {
         float v = x[i] * inverse, other = 0.0f;
-        if (kind == kOutliers) {
+        if (kind == Kind::kOutliers) {
             other = clamp127(round_even(v * kShare));
-            v -= other * 254.0f;
+            v -= other * kUnit;
         }
         const float high = clamp127(round_even(v));
         q[i] = static_cast<int8_t>(high);
         total += high;
-        if (kind == kFine) other = clamp127(round_even((v - high) * 256.0f));
-        if (kind != kCoarse) {
+        if (kind == Kind::kFine) other = clamp127(round_even((v - high) * 256.0f));
+        if (kind != Kind::kCoarse) {
             rest[i] = static_cast<int8_t>(other);
             rest_total += other;
         }
     }
     for (; i < padded; ++i) q[i] = rest[i] = 0;
-    if (kind == kCoarse) std::memset(rest, 0, static_cast<size_t>(padded));
-    return {usable ? range / 127.0f : 0.0f, static_cast<int32_t>(total), static_cast<int32_t>(rest_total)};
+    if (kind == Kind::kCoarse) std::memset(rest, 0, static_cast<size_t>(padded));  // its neighbours in a tile may have some
+    GroupResult result{usable ? range / 127.0f : 0.0f, static_cast<int32_t>(total), static_cast<int32_t>(rest_total)};
+    if (kind == Kind::kOutliers) result.sum += kOutlierUnit * result.rest_sum;
+    return result;
 }
 
-// Which units of a group have a rest, see Activations::touched.
-inline uint32_t touched_units(const Prepared& w, const int8_t* rest) {
-    const int64_t bytes = 4 * quads_per_unit(w.storage) * units_per_bit(w);
+// Which quads of a group have a rest, see Activations::touched.
+inline uint32_t touched_quads(const Prepared& w, const int8_t* rest) {
+    const int64_t bytes = 4 * quads_per_bit(w);
     uint32_t touched = 0;
     for (int64_t at = 0, bit = 0; at < w.padded; at += bytes, ++bit) {
         bool any = false;
@@ -119,21 +123,21 @@ void quantize(const Prepared& w, const float* x, int64_t stride, bool all_fine, 
         float* scale = a.scale + token * a.groups;
         for (int64_t g = 0; g < w.groups; ++g) scale[g] = largest_of(row + g * w.group, w.group, &squares);
         const float rms = std::sqrt(squares / static_cast<float>(w.k));
-        const bool every_fine = all_fine || rms < 1e-18f;  // smaller squares are denormal: the rms would say nothing
+        const bool fine = all_fine || rms < 1e-18f;  // smaller squares are denormal: the rms would say nothing
+        a.fine[token] = fine;
         for (int64_t g = 0; g < w.groups; ++g) {
             const int64_t at = token * a.groups + g, column = token * a.columns + g * w.padded;
-            const Kind kind = every_fine ? kFine : scale[g] > kOutlierAbove * rms ? kOutliers : kCoarse;
+            const bool outliers = !fine && scale[g] > kOutlierAbove * rms;
             const float* x_g = row + g * w.group;
             int8_t *q = a.q + column, *rest = a.rest + column;
             const GroupResult result =
-                kind == kFine ? quantize_group<kFine>(x_g, w.group, w.padded, scale[g], q, rest)
-                : kind == kCoarse ? quantize_group<kCoarse>(x_g, w.group, w.padded, scale[g], q, rest)
-                                  : quantize_group<kOutliers>(x_g, w.group, w.padded, kOutlierRange * rms, q, rest);
+                fine       ? quantize_group<Kind::kFine>(x_g, w.group, w.padded, scale[g], q, rest)
+                : outliers ? quantize_group<Kind::kOutliers>(x_g, w.group, w.padded, kOutlierRange * rms, q, rest)
+                           : quantize_group<Kind::kCoarse>(x_g, w.group, w.padded, scale[g], q, rest);
             scale[g] = result.scale;
             a.sum[at] = result.sum;
             a.rest_sum[at] = result.rest_sum;
-            a.touched[at] = kind == kOutliers ? touched_units(w, rest) : 0;
-            a.kind[at] = kind;
+            a.touched[at] = outliers ? touched_quads(w, rest) : 0;
         }
     }
 }

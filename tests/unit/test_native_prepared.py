@@ -100,14 +100,17 @@ def test_matmul(bits: int, k: int, group: int) -> None:
             assert ((y - exact[:m]).abs() <= bound * (1 + 1e-5)).all()
 
 
-def test_result_depends_on_neither_threads_nor_other_tokens() -> None:
-    w = weight(200, 576, 3, 64, False, torch.float16)
+@pytest.mark.parametrize("bits", BITS)
+def test_result_depends_on_neither_threads_nor_other_tokens(bits: int) -> None:
+    """Nor on whether a block is unpacked in registers (5 to 16 tokens) or into scratch, outliers and fine rows among them."""
+    w = weight(200, 576, bits, 64, bits % 2 == 0, torch.float16)
     ready = prepared(Part(w), n=200)
     x = tokens(65, 576)
     alone = qmm_prepared(x, ready, False, 1)
     for threads in (2, 3):
         assert torch.equal(qmm_prepared(x, ready, False, threads), alone)
-    assert torch.equal(qmm_prepared(x[:17], ready, False, 1), alone[:17])
+    for m in (5, 8, 13, 17):
+        assert torch.equal(qmm_prepared(x[:m], ready, False, 1), alone[:m])
     few = qmm_prepared(x[:4], ready, False, 1)
     for m in range(4):
         assert torch.equal(qmm_prepared(x[m : m + 1], ready, False, 2), few[m : m + 1])

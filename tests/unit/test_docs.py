@@ -177,6 +177,30 @@ def test_the_table_of_methods_of_the_readme_is_the_committed_result() -> None:
     assert len({row["method"] for row in found}) == len(ROUNDINGS)
 
 
+def test_smollm2s_table_of_methods_is_the_committed_result() -> None:
+    """Both ways: every measured method has its line, and every figure of a line was measured."""
+    readme = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "benchmarks" / "results" / "compare_smollm2.json").read_text())["rows"]
+    grid = {"group_size": 64, "transform": "identity", "scale": "absmax"}
+    found = {(r["method"], r["bits"]): r for r in rows if all(r[key] == value for key, value in grid.items())}
+
+    def kl(method: str, bits: int) -> str:
+        row = found.get((method, bits))
+        return f"{row['kl']:.3f} ± {(row['kl_ci95'][1] - row['kl_ci95'][0]) / 2:.3f}" if row else "-"
+
+    reference = next(row for row in rows if row["method"] == "reference")
+    lines = [f"| unquantized | 0 | {reference['perplexity']:.1f} | 100% | - | 0 |"]
+    for row in sorted((row for (_, bits), row in found.items() if bits == 3), key=lambda row: float(row["kl"])):
+        name = row["method"] + ("\\*" if row["learned_scales"] else "")
+        cost = f"{row['perplexity']:.1f} | {row['top1']:.1%} | {row['seconds']:.0f}"
+        lines.append(f"| {name} | {kl(row['method'], 3)} | {cost} | {kl(row['method'], 2)} |")
+    assert {method for method, bits in found if bits == 2} <= {method for method, bits in found if bits == 3}
+    table = readme.split("<!-- smollm2 -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+    assert table[2:] == lines
+    ours, autoround, gptq = (found[method, 3]["kl"] for method in ("discquant", "autoround", "gptq"))
+    assert f"{1 - ours / autoround:.0%} below autoround and at {ours / gptq:.2f} of gptq" in readme
+
+
 def test_the_public_tools_in_the_page_on_comparing_are_the_committed_result() -> None:
     page = (ROOT / "docs" / "compare.md").read_text()
     rows = json.loads((ROOT / "benchmarks" / "results" / "compare_stories260k.json").read_text())["rows"]

@@ -102,7 +102,7 @@ def test_matmul(bits: int, k: int, group: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_result_depends_on_neither_threads_nor_other_tokens(bits: int) -> None:
-    """Nor on whether a block is unpacked in registers (5 to 16 tokens) or into scratch, outliers and fine rows among them."""
+    """Nor on whether a block is unpacked in registers (5 to 16 tokens) or into scratch; outliers and fine rows too."""
     w = weight(200, 576, bits, 64, bits % 2 == 0, torch.float16)
     ready = prepared(Part(w), n=200)
     x = tokens(65, 576)

@@ -72,7 +72,7 @@ std::vector<float> product(const Kernels& kernels, const Prepared& w, const std:
     if (exact) {
         kernels.pad(w, x.data(), w.k, a, 0, m);
     } else {
-        kernels.quantize(w, x.data(), w.k, m <= 4 ? kAllFine : kFineAbove, a, 0, m);
+        kernels.quantize(w, x.data(), w.k, m <= kFineTokens, a, 0, m);
     }
     std::vector<float> y(static_cast<size_t>(m * w.n), NAN);
     (exact ? kernels.matmul_exact : kernels.matmul_int8)(w, a, {y.data(), w.n, w.n, nullptr, Epilogue::kStore},

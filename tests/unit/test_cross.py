@@ -76,6 +76,15 @@ def test_every_source_compiles_for_aarch64_without_a_warning(source: Path, tmp_p
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def test_the_program_for_the_emulator_is_valid_here() -> None:
+    """Where no emulator is, nothing else would notice that the kernels' interface has moved away from under it."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    done = run([compiler, *FLAGS, "-DISA=dq::kScalarKernels", "-fsyntax-only", str(CHECK)])
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_neon_equals_scalar_on_an_emulator(tmp_path: Path) -> None:
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if emulator is None:

@@ -42,7 +42,7 @@ struct Kernels {
     void (*pad)(const Prepared& w, const float* x, int64_t stride, const Activations& a, int64_t begin, int64_t end);
 
     // y = epilogue(a @ decode(w).T): exact int32 sums per group, each times scale * activation scale, added in group
-    // order in float32, a group's rest after its q. An element depends on its token and row only.
+    // order in float32, in a fine token a group's rest after its q. An element depends on its token and row only.
     void (*matmul_int8)(const Prepared& w, const Activations& a, const Output& out, const Tile& tile);
     // The same with float32 activations and exactly decoded weights: a group's products added column by column, then that
     // sum times the scale. An element depends on its token and row only here too. |error| <= (columns + 4) u sum |x| |w|.

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from dq_runtime.runtime.engine import TextEvent
+from dq_runtime.runtime.engine import FinishedEvent, TextEvent
 from dq_runtime.server import inbox
 from dq_runtime.server.inbox import Inbox, Mailroom
 
@@ -49,6 +49,38 @@ def test_what_comes_at_once_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch)
         return len(calls)
 
     assert asyncio.run(count()) == 1
+
+
+def test_many_streams_are_told_less_often_than_the_engine_speaks_but_an_end_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbox, "PAUSE", 0.01)
+
+    async def times() -> tuple[float, float, int]:
+        loop = asyncio.get_running_loop()
+        mailroom, boxes = Mailroom(loop), [Inbox() for _ in range(8)]
+        for box in boxes:
+            mailroom.post(box, 0, TextEvent("first"))
+        await boxes[0].ready.wait()
+        began = loop.time()
+        boxes[0].take()
+        for text in ("second", "third"):
+            mailroom.post(boxes[0], 0, TextEvent(text))
+            await asyncio.sleep(0)
+        await boxes[0].ready.wait()
+        paused, read = loop.time() - began, len(boxes[0].take())
+        for box in boxes:  # again a pause of 80 ms
+            mailroom.post(box, 0, TextEvent("fourth"))
+        await boxes[0].ready.wait()
+        boxes[0].take()
+        began = loop.time()
+        mailroom.post(boxes[0], 0, FinishedEvent("length"))
+        await boxes[0].ready.wait()
+        return paused, loop.time() - began, read
+
+    paused, ended, read = asyncio.run(times())
+    assert paused > 0.07 and read == 2
+    assert ended < paused / 2
 
 
 def test_a_reader_that_falls_behind_is_marked_and_gets_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Text generation on the CPU against llama.cpp and torch, all in one run. ``make bench-cpu``.
 
-    python benchmarks/cpu.py [--rounds 3] [--threads 1 2] [--output FILE] [--plot FILE] [--rival-python PYTHON]
+    python benchmarks/cpu.py [--rounds 5] [--threads 1 2] [--output FILE] [--plot FILE] [--rival-python PYTHON]
 
 Two models (cpu_models.py): SmolLM2-135M-Instruct, and one with the shapes of Llama-3.2-1B and random weights; llama.cpp
 is built from its source for this machine in build/rivals (minutes, once). Every contender is a process that has loaded
@@ -303,7 +303,7 @@ def suites(folder: Path, rival: Path) -> tuple[Suite, Suite]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/cpu.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/images/cpu.png")

@@ -1,6 +1,6 @@
 """Our server against llama.cpp's under the same load: tokens per second, waiting times, memory.
 
-    python benchmarks/serve.py [--rounds 3] [--requests 24] [--output FILE] [--plot FILE]
+    python benchmarks/serve.py [--rounds 5] [--requests 24] [--output FILE] [--plot FILE]
 
 SmolLM2-135M-Instruct at 4 bits on two threads, both servers with eight places, greedy completions of 256 tokens to
 prompts of 20 to 130 from CPython's documentation, each prompt once: no server can reuse another's. The two take turns,
@@ -195,7 +195,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=24, help="of a round at the highest concurrency")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/serve.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/images/serve.png")

@@ -133,6 +133,13 @@ def test_the_cpu_figures_of_the_readme_are_the_committed_result() -> None:
     large = ratios["1B"]
     decoding = f"is {large['decode_4bit']:.2f}x Q4_0 there, at {large['decode_4bit_share_2_threads']:.0%} of the memory"
     assert decoding in readme
+    slow = json.loads((ROOT / "benchmarks" / "results" / "cpu_slow_memory.json").read_text())["ratios"]
+    assert (
+        f"was {slow['decode_4bit']:.2f}x Q4_0, and {slow['1B']['decode_4bit']:.2f}x for the larger shape"
+        in " ".join(readme.split())
+    )
+    speeds = (slow["read_gb_per_second_2_threads"], slow["1B"]["read_gb_per_second_2_threads"])
+    assert [f"{speed:.0f}" for speed in speeds] == ["30", "30"]
 
 
 def test_the_serving_figures_are_the_committed_result() -> None:

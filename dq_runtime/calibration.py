@@ -8,10 +8,10 @@ import torch
 
 from dq_runtime.data import Text, Windows, pack_windows
 from dq_runtime.data.selection import mean_hidden_states, select_windows
-from dq_runtime.errors import DQError
+from dq_runtime.errors import DQError, SpecError
 from dq_runtime.packing.run_state import RunState
 from dq_runtime.request import Listener, Request
-from dq_runtime.runtime.self_text import sample_windows
+from dq_runtime.runtime.self_text import continue_windows, sample_windows
 from dq_runtime.runtime.transformers_model import TransformersModel
 
 
@@ -22,7 +22,7 @@ def windows_of(
     request: Request,
     listener: Listener,
 ) -> tuple[Windows, Windows]:
-    """Calibration and held-out windows; where there is no text the teacher samples it, once per output."""
+    """Calibration and held-out windows; what the teacher has to write of them is sampled once per output."""
     to_sample = sum(count for text, count in zip(texts, request.counts, strict=True) if text is None)
     sampled = state.windows("sampled") if to_sample else torch.empty(0, request.length, dtype=torch.int64)
     if sampled is None:
@@ -42,4 +42,22 @@ def windows_of(
             pack = partial(pack_windows, text.documents, lm.tokenizer, length=length, seed=seed, source=text.source)
             look = partial(mean_hidden_states, lm.model, stage=listener.stage)
             made.append(select_windows(pack, count, "random" if i else request.select, seed, look))
-    return made[0], made[1]
+    return _longer(lm, state, made[0], request, listener), made[1]
+
+
+def _longer(lm: TransformersModel, state: RunState, real: Windows, request: Request, listener: Listener) -> Windows:
+    """The calibration windows and, after them, those that the model makes of them."""
+    if not request.continued:
+        return real
+    more = state.windows("continued")
+    if more is None:
+        show = listener.stage("Sampling text from the model")
+        more = continue_windows(lm, real.tokens, request.continued, request.spec.seed, request.dtype, show)
+        state.save_windows("continued", more)
+    elif len(more) != request.continued:
+        raise SpecError(
+            f"{request.output}.partial was begun with {len(more)} continued windows, not {request.continued}; ask for "
+            "as many, or begin anew without --resume"
+        )
+    more = more[:, : request.length]
+    return Windows(torch.cat([real.tokens, more]), f"{real.source}, and {len(more)} windows that the model wrote on")

@@ -41,6 +41,7 @@ from dq_runtime.packing.run_state import RunState
 from dq_runtime.packing.shared_state import one_directory, state_of
 from dq_runtime.planning.disk import check_disk
 from dq_runtime.preflight import (
+    check_continued,
     check_grid,
     check_output,
     check_processes,
@@ -73,6 +74,7 @@ def quantize(
     windows: int = 96,
     window_length: int = 512,
     held_out_windows: int = 16,
+    continued_windows: int = 0,
     calibration_select: str = "random",
     compute_dtype: str = "auto",
     device: str = "auto",
@@ -86,13 +88,14 @@ def quantize(
     """Round ``model`` (directory, hub name or GGUF file), write the packed checkpoint ``output``, return its report.
 
     ``calibration`` and ``held_out`` are text, JSONL or ``hf:`` sources. Without ``held_out``, whole documents of the
-    calibration source are held out; without ``calibration``, the teacher samples both. ``calibration_select`` (random,
-    coreset) says which windows of the text calibrate. ``compute_dtype`` (auto, float32, bfloat16) is that of the
-    rounding loop; everything reported is measured in float32 on what was written to disk. ``blockwise``: one block's
-    weights in memory at a time, for methods that need no more (:mod:`dq_runtime.blockwise`). Every ``checkpoint_every``
-    seconds the loop saves its state in ``output.partial/``, from which ``resume`` continues to bit-identical codes.
-    Nothing appears at ``output`` before it is complete, and a failed run leaves nothing but a state worth resuming. Bad
-    input raises :class:`DQError`.
+    calibration source are held out; without ``calibration``, the teacher samples both. ``continued_windows``: so many
+    more calibration windows, each a piece of one of the text's and what the teacher writes after it.
+    ``calibration_select`` (random, coreset) says which windows of the text calibrate. ``compute_dtype`` (auto, float32,
+    bfloat16) is that of the rounding loop; everything reported is measured in float32 on what was written to disk.
+    ``blockwise``: one block's weights in memory at a time, for methods that need no more
+    (:mod:`dq_runtime.blockwise`). Every ``checkpoint_every`` seconds the loop saves its state in ``output.partial/``,
+    from which ``resume`` continues to bit-identical codes. Nothing appears at ``output`` before it is complete, and a
+    failed run leaves nothing but a state worth resuming. Bad input raises :class:`DQError`.
     """
     started = time.monotonic()
     spec = spec or QuantSpec()
@@ -100,6 +103,7 @@ def quantize(
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise SpecError(f"{name} must be at least {minimum}, got {value}")
+    check_continued(continued_windows, calibration, blockwise)
     check_output(Path(output), overwrite)
     rounding: Rounding = ROUNDINGS.get(spec.rounding.name)(spec.rounding.options)
     transform: Transform = TRANSFORMS.get(spec.transform)(spec.transform_options)
@@ -118,6 +122,7 @@ def quantize(
         rounding=rounding,
         transform=transform,
         counts=(windows if needs_text else 0, held_out_windows),
+        continued=continued_windows if needs_text else 0,
         length=window_length,
         select=check_selection(calibration_select, calibration),
         dtype=loop_dtype_of(compute_dtype, torch.device(device)),
@@ -198,6 +203,7 @@ def _run(
             "calibration": {
                 "source": train.source,
                 "windows": request.counts[0],
+                "continued_windows": request.continued,
                 "window_length": request.length,
                 "sha256": train.fingerprint(),
             },

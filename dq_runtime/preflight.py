@@ -35,6 +35,16 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise SpecError(f"{output} exists and is not a checkpoint; it will not be overwritten")
 
 
+def check_continued(count: int, calibration: str | None, blockwise: bool) -> None:
+    """:class:`SpecError` where the model cannot add ``count`` windows to those of the calibration text."""
+    if count < 0:
+        raise SpecError(f"continued_windows must be 0 or more, got {count}")
+    if count and calibration is None:
+        raise SpecError("continued_windows goes on from windows of a text: add calibration text, or leave it out")
+    if count and blockwise:
+        raise SpecError("--blockwise does not let the model write text, token by token; leave out --continued-windows")
+
+
 def check_processes(spec: QuantSpec, rounding: Rounding, transform: Transform, ranks: Ranks) -> None:
     """:class:`SpecError` for what several processes cannot do together."""
     if ranks.mesh is None:

@@ -43,6 +43,7 @@ class Request:
     rounding: Rounding
     transform: Transform
     counts: tuple[int, int]  # calibration and held-out windows
+    continued: int  # windows that the model adds to the calibration windows
     length: int
     select: str  # which calibration windows, see data/selection.py
     dtype: torch.dtype  # of the rounding loop

@@ -50,6 +50,9 @@ def compare(
     windows: Annotated[int | None, typer.Option(help="Calibration windows; default 128.")] = None,
     window_length: Annotated[int | None, typer.Option(help="Tokens per window; default 512.")] = None,
     held_out_windows: Annotated[int | None, typer.Option(help="Held-out windows; default 24.")] = None,
+    continued_windows: Annotated[
+        int | None, typer.Option(help="Calibration windows that the model adds, going on from the text's; default 0.")
+    ] = None,
     wikitext: Annotated[
         str | None, typer.Option(help="wiki.test.raw: perplexity of the raw text is measured too.")
     ] = None,
@@ -111,6 +114,7 @@ def compare(
             "windows": windows,
             "window_length": window_length,
             "held_out_windows": held_out_windows,
+            "continued_windows": continued_windows,
             "seed": seed,
             "compute_dtype": compute_dtype,
             "device": device,

@@ -59,7 +59,7 @@ def plan(
     question = Question(
         model=model,
         spec=spec,
-        windows=options["windows"],
+        windows=options["windows"] + options["continued_windows"],
         window_length=options["window_length"],
         held_out_windows=options["held_out_windows"],
         compute_dtype=options["compute_dtype"],

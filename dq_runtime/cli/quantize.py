@@ -84,6 +84,9 @@ def quantize(
         str | None, typer.Option(help="Text to measure on; default: documents kept out of --calibration.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 96,
+    continued_windows: Annotated[
+        int, typer.Option(help="So many windows more: pieces of those, and what the model writes after them.")
+    ] = 0,
     window_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     calibration_select: Annotated[
         str,
@@ -143,6 +146,7 @@ def quantize(
             windows=windows,
             window_length=window_length,
             held_out_windows=held_out_windows,
+            continued_windows=continued_windows,
             calibration_select=calibration_select,
             compute_dtype=compute_dtype,
             device=device,

@@ -17,11 +17,11 @@ from dq_runtime.evaluate.tasks import check_tasks
 class Protocol:
     """The settings of a comparison; all but the paths may also stand in a cells file.
 
-    ``windows`` calibration and ``held_out_windows`` held-out windows of ``window_length`` tokens. ``row_layers``:
-    patterns of layers whose in_features no group size divides; they get one scale a row in every cell. ``wikitext``:
-    the raw text on which perplexity is measured, in ``wikitext_windows`` (0: all) windows of ``window_length`` tokens
-    that start every ``wikitext_stride`` (0: ``window_length``). ``tasks``: names of files in ``tasks_data``, of which
-    the first ``task_items`` items count.
+    ``windows`` calibration and ``held_out_windows`` held-out windows of ``window_length`` tokens; to the former the
+    model adds ``continued_windows``, going on from pieces of them. ``row_layers``: patterns of layers whose in_features
+    no group size divides; they get one scale a row in every cell. ``wikitext``: the raw text on which perplexity is
+    measured, in ``wikitext_windows`` (0: all) windows of ``window_length`` tokens that start every ``wikitext_stride``
+    (0: ``window_length``). ``tasks``: names of files in ``tasks_data``, of which the first ``task_items`` items count.
     """
 
     model: str
@@ -32,6 +32,7 @@ class Protocol:
     windows: int = 128
     window_length: int = 512
     held_out_windows: int = 24
+    continued_windows: int = 0
     seed: int = 0
     compute_dtype: str = "auto"
     device: str = "auto"
@@ -48,7 +49,7 @@ class Protocol:
                 raise SpecError(f"{name} must be a list of strings, got {value!r}")
             object.__setattr__(self, name, tuple(value))
         least = {"windows": 1, "window_length": 2, "held_out_windows": 2, "task_items": 2}
-        least |= {"wikitext_windows": 0, "wikitext_stride": 0, "seed": 0}
+        least |= {"continued_windows": 0, "wikitext_windows": 0, "wikitext_stride": 0, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -82,7 +83,12 @@ class Protocol:
         )
         described: dict[str, Any] = {
             "model": {"name": Path(self.model).name, "sha256": _model_sum(self.model)},
-            "calibration": {**_file(self.calibration), "windows": self.windows, "window_length": self.window_length},
+            "calibration": {
+                **_file(self.calibration),
+                "windows": self.windows,
+                **({"continued_windows": self.continued_windows} if self.continued_windows else {}),
+                "window_length": self.window_length,
+            },
             "held_out": {**held_out, "windows": self.held_out_windows, "window_length": self.window_length},
             "seed": self.seed,
             "compute_dtype": self.compute_dtype,

@@ -160,11 +160,11 @@ def markdown(result: Result) -> str:
         f"# {protocol['model']['name']}: rounding methods under one protocol",
         "",
         f"Calibration: {calibration['windows']} windows of {calibration['window_length']} tokens of "
-        f"{calibration['file']}. Held out: {held['windows']} windows of {held['window_length']} of "
-        f"{held['file'] or 'documents kept out of it'}. KL in nats per token against the unquantized model with its "
-        '95% interval over windows; "above the best" is the difference to the least KL on the same grid, paired window '
-        f'by window. Perplexity is that of {text}. "moved" counts codes that are not nearest on the row\'s own '
-        "scales, \\* marks scales that the method learned. Seconds are the rounding alone, on "
+        f"{calibration['file']}{_continued(calibration)}. Held out: {held['windows']} windows of "
+        f"{held['window_length']} of {held['file'] or 'documents kept out of it'}. KL in nats per token against the "
+        'unquantized model with its 95% interval over windows; "above the best" is the difference to the least KL on '
+        f'the same grid, paired window by window. Perplexity is that of {text}. "moved" counts codes that are not '
+        "nearest on the row's own scales, \\* marks scales that the method learned. Seconds are the rounding alone, on "
         f"{_plain(result['device'])} (threads: {_plain(result['threads'])}).",
     ]
     for grid in dict.fromkeys(grid_of(row) for row in sorted(rows, key=lambda r: (r["bpw"] or 99, r["kl"]))):
@@ -191,6 +191,11 @@ def _percent_half(interval: Interval | None) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _continued(calibration: Mapping[str, Any]) -> str:
+    count = calibration.get("continued_windows")
+    return f" and {count} that the model wrote on from pieces of them" if count else ""
 
 
 def _plain(value: Any) -> str:

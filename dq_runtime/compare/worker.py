@@ -116,6 +116,7 @@ def _quantize(cell: Cell, settings: Settings, checkpoint: Path, listener: Silent
             windows=settings.windows,
             window_length=settings.window_length,
             held_out_windows=settings.held_out_windows,
+            continued_windows=settings.continued_windows,
             compute_dtype=settings.compute_dtype,
             device=settings.device,
             resume=True,

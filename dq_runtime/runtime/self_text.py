@@ -1,7 +1,8 @@
-"""Calibration text for those who have none: the teacher writes it (as in LLM-QAT, arXiv 2305.17888).
+"""Calibration text that the teacher writes: all of it for those who have none (as in LLM-QAT, arXiv 2305.17888), or
+more of what there is, by going on from pieces of it.
 
-Every window starts with a token drawn uniformly from the vocabulary and continues by sampling at temperature 1, so that
-the windows follow the model's own distribution, the one under which the KL is to be small.
+Text is sampled at temperature 1, so that windows follow the model's own distribution, the one under which the KL is to
+be small.
 """
 
 from __future__ import annotations
@@ -9,32 +10,68 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from dq_runtime.data import Windows
 from dq_runtime.runtime.language_model import LanguageModel
 
 BATCH = 32  # sequences at once: a 512-token window then costs 16 forward passes' worth of weights instead of 512
+PIECE = 32  # tokens of a real window that the model goes on from
+
+Progress = Callable[[int, int], object] | None
 
 
-def sample_windows(
-    model: LanguageModel, count: int, length: int, seed: int, progress: Callable[[int, int], object] | None = None
-) -> Windows:
-    """``count`` windows of ``length`` token ids written by ``model``; deterministic for a seed."""
+def sample_windows(model: LanguageModel, count: int, length: int, seed: int, progress: Progress = None) -> Windows:
+    """``count`` windows of ``length`` token ids written by ``model``, each from a token drawn uniformly from the
+    vocabulary on; deterministic for a seed."""
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    vocabulary = model.vocabulary
+
+    def first(start: int, rows: int) -> Tensor:
+        return torch.randint(0, model.vocabulary, (rows, 1), generator=generator, device=model.device)
+
+    return Windows(_written(model, first, count, length, generator, progress), "text sampled from the teacher itself")
+
+
+def continue_windows(
+    model: LanguageModel, windows: Tensor, count: int, seed: int, dtype: torch.dtype, progress: Progress = None
+) -> Tensor:
+    """``count`` more windows, int64 [count, T]: :data:`PIECE` tokens (at most half a window) from a random place in
+    each of ``windows`` [n, T] in turn, and what ``model`` writes after them. ``dtype`` bfloat16 runs it under autocast.
+    Deterministic for a seed."""
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    length = windows.shape[1]
+    piece = min(PIECE, length // 2)
+
+    def first(start: int, rows: int) -> Tensor:
+        places = torch.randint(0, length - piece + 1, (rows,), generator=generator, device=model.device).tolist()
+        taken = [windows[(start + i) % len(windows), place : place + piece] for i, place in enumerate(places)]
+        return torch.stack(taken).to(model.device)
+
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+        return _written(model, first, count, length, generator, progress)
+
+
+def _written(
+    model: LanguageModel,
+    first: Callable[[int, int], Tensor],
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Tensor:
+    """int64 [count, length], BATCH of them at a time; ``first(start, rows)`` [rows, P]: what windows ``start`` and on
+    begin with."""
     windows = []
-    done = 0
     for start in range(0, count, BATCH):
         rows = min(BATCH, count - start)
-        tokens = torch.randint(0, vocabulary, (rows, 1), generator=generator, device=model.device)
+        tokens = first(start, rows)
         cache = model.start(rows, length)
         columns = [tokens]
-        for _ in range(length - 1):
+        for place in range(tokens.shape[1], length):
             probs = model.step(tokens, cache).softmax(-1)
             tokens = torch.multinomial(probs, 1, generator=generator)
             columns.append(tokens)
-            done += rows
             if progress is not None:
-                progress(done, count * (length - 1))
+                progress(start * (length - 1) + rows * place, count * (length - 1))
         windows.append(torch.cat(columns, 1))
-    return Windows(torch.cat(windows).cpu(), "text sampled from the teacher itself")
+    return torch.cat(windows).cpu()

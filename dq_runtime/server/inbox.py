@@ -15,7 +15,7 @@ from dq_runtime.runtime.engine import Event, FinishedEvent
 
 MOST_EVENTS = 2048  # of one answer waiting to be sent: 20 s at 100 tokens/s, about 1 MB
 # Seconds until the loop is woken again, for each stream that it told something: 8 streams hear 50 times a second. A
-# send takes 0.12 ms in the server and 0.1 ms in a client on the same machine. One stream has 4 ms between tokens anyhow.
+# send takes 0.12 ms in the server and 0.1 ms in a client on the same machine. One stream has 4 ms between tokens.
 PAUSE = 0.0025
 
 

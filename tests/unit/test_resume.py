@@ -128,6 +128,46 @@ def test_self_sampled_text_is_sampled_once(tiny_model: Path, tmp_path: Path, mon
     assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
+def test_text_that_goes_on_from_the_given_one_is_sampled_once(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = _quantize(tiny_model, tiny_text, tmp_path / "without")
+    whole = _quantize(tiny_model, tiny_text, tmp_path / "whole", continued_windows=3)
+    assert (whole["calibration"]["windows"], whole["calibration"]["continued_windows"]) == (4, 3)
+    assert whole["calibration"]["source"] == f"{tiny_text}, and 3 windows that the model wrote on"
+    assert whole["calibration"]["sha256"] != without["calibration"]["sha256"]
+    assert whole["held_out"]["sha256"] == without["held_out"]["sha256"]
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 4)
+        with pytest.raises(Interrupted):
+            _quantize(tiny_model, tiny_text, tmp_path / "out", continued_windows=3)
+    with pytest.raises(SpecError, match="was begun with 3 continued windows, not 2"):
+        _quantize(tiny_model, tiny_text, tmp_path / "out", continued_windows=2, resume=True)
+    monkeypatch.setattr("dq_runtime.calibration.continue_windows", None)  # sampling again would fail
+    with pytest.raises(SpecError, match="count of calibration"):
+        _quantize(tiny_model, tiny_text, tmp_path / "out", resume=True)
+    _quantize(tiny_model, tiny_text, tmp_path / "out", continued_windows=3, resume=True)
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"continued_windows": -1}, "continued_windows must be 0 or more, got -1"),
+        ({"continued_windows": 1, "calibration": None}, "add calibration text"),
+        ({"continued_windows": 1, "blockwise": True}, "leave out --continued-windows"),
+    ],
+)
+def test_windows_that_the_model_cannot_add_are_refused(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    spec = _spec(rounding=RoundingSpec("gptq"))
+    with pytest.raises(SpecError, match=sentence):
+        _quantize(tiny_model, tiny_text, tmp_path / "out", spec, **changes)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

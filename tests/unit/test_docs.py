@@ -213,7 +213,25 @@ def test_smollm2s_table_of_methods_is_the_committed_result() -> None:
     table = readme.split("<!-- smollm2 -->\n")[1].split("\n<!-- end -->")[0].splitlines()
     assert table[2:] == lines
     ours, autoround, gptq = (found[method, 3]["kl"] for method in ("discquant", "autoround", "gptq"))
+    assert f"`discquant` is {1 - ours / found['gsq', 3]['kl']:.0%} below gsq" in readme
     assert f"{1 - ours / autoround:.0%} below autoround and at {ours / gptq:.2f} of gptq" in readme
+
+
+def test_the_windows_that_the_model_adds_are_the_committed_results() -> None:
+    results = ROOT / "benchmarks" / "results"
+    lines = []
+    for method in ("gptq", "autoround", "discquant"):
+        figures = []
+        for bits in (3, 2):
+            for name in ("compare_stories260k", "compare_stories260k_continued"):
+                rows = json.loads((results / f"{name}.json").read_text())["rows"]
+                grid = {"method": method, "bits": bits, "group_size": 64, "transform": "identity", "scale": "absmax"}
+                (row,) = [r for r in rows if all(r[key] == value for key, value in grid.items())]
+                figures.append(_kl(row))
+        lines.append(f"| {method} | {' | '.join(figures)} |")
+    page = (ROOT / "docs" / "discquant.md").read_text()
+    table = page.split("<!-- continued -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+    assert table[2:] == lines
 
 
 def test_the_public_tools_in_the_page_on_comparing_are_the_committed_result() -> None:

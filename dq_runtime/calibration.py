@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from dq_runtime.data import Text, Windows, pack_windows
 from dq_runtime.data.selection import mean_hidden_states, select_windows
 from dq_runtime.errors import DQError, SpecError
 from dq_runtime.packing.run_state import RunState
-from dq_runtime.request import Listener, Request
+from dq_runtime.request import Listener, Request, Stage
 from dq_runtime.runtime.self_text import continue_windows, sample_windows
 from dq_runtime.runtime.transformers_model import TransformersModel
 
@@ -24,12 +26,11 @@ def windows_of(
 ) -> tuple[Windows, Windows]:
     """Calibration and held-out windows; what the teacher has to write of them is sampled once per output."""
     to_sample = sum(count for text, count in zip(texts, request.counts, strict=True) if text is None)
-    sampled = state.windows("sampled") if to_sample else torch.empty(0, request.length, dtype=torch.int64)
-    if sampled is None:
-        show = listener.stage("Sampling text from the model")
-        sampled = sample_windows(lm, to_sample, request.length, request.spec.seed, show).tokens
-        state.save_windows("sampled", sampled)
-    sampled = sampled[:, : request.length]  # of an earlier try whose windows were longer
+
+    def sample(show: Stage) -> Tensor:
+        return sample_windows(lm, to_sample, request.length, request.spec.seed, show).tokens
+
+    sampled = _once("sampled", to_sample, sample, state, request, listener)
     made = []
     for i, (text, count) in enumerate(zip(texts, request.counts, strict=True)):
         if text is None:
@@ -42,22 +43,32 @@ def windows_of(
             pack = partial(pack_windows, text.documents, lm.tokenizer, length=length, seed=seed, source=text.source)
             look = partial(mean_hidden_states, lm.model, stage=listener.stage)
             made.append(select_windows(pack, count, "random" if i else request.select, seed, look))
-    return _longer(lm, state, made[0], request, listener), made[1]
-
-
-def _longer(lm: TransformersModel, state: RunState, real: Windows, request: Request, listener: Listener) -> Windows:
-    """The calibration windows and, after them, those that the model makes of them."""
+    real, held = made
     if not request.continued:
-        return real
-    more = state.windows("continued")
-    if more is None:
-        show = listener.stage("Sampling text from the model")
-        more = continue_windows(lm, real.tokens, request.continued, request.spec.seed, request.dtype, show)
-        state.save_windows("continued", more)
-    elif len(more) != request.continued:
+        return real, held
+
+    def go_on(show: Stage) -> Tensor:
+        return continue_windows(lm, real.tokens, request.continued, request.spec.seed, request.dtype, show)
+
+    more = _once("continued", request.continued, go_on, state, request, listener)
+    source = f"{real.source}, and {request.continued} windows that the model wrote on"
+    return Windows(torch.cat([real.tokens, more]), source), held
+
+
+def _once(
+    name: str, count: int, write: Callable[[Stage], Tensor], state: RunState, request: Request, listener: Listener
+) -> Tensor:
+    """``count`` windows that the teacher writes, int64 [count, length]: those of an earlier try (which may have been
+    longer), or what ``write`` gives."""
+    if not count:
+        return torch.empty(0, request.length, dtype=torch.int64)
+    tokens = state.windows(name)
+    if tokens is None:
+        tokens = write(listener.stage("Sampling text from the model"))
+        state.save_windows(name, tokens)
+    elif len(tokens) != count:
         raise SpecError(
-            f"{request.output}.partial was begun with {len(more)} continued windows, not {request.continued}; ask for "
-            "as many, or begin anew without --resume"
+            f"{request.output}.partial was begun with {len(tokens)} {name} windows, not {count}; ask for as many, or "
+            "begin anew without --resume"
         )
-    more = more[:, : request.length]
-    return Windows(torch.cat([real.tokens, more]), f"{real.source}, and {len(more)} windows that the model wrote on")
+    return tokens[:, : request.length]

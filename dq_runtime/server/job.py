@@ -136,16 +136,19 @@ class Job:
         texts: dict[int, list[str]] = {}
         tokens: dict[int, list[TokenLogprob]] = {}
         ended: set[int] = set()
+        counts: dict[int, int] = {}  # of tokens
         for number, event in self._inbox.take():
             choice = self.choices[number]
             if isinstance(event, TextEvent):
-                self._time(number, now, len(event.tokens))
+                counts[number] = counts.get(number, 0) + len(event.tokens)
                 texts.setdefault(number, []).append(event.text)
                 tokens.setdefault(number, []).extend(event.logprobs)
             elif isinstance(event, FinishedEvent):
                 texts.setdefault(number, [])
                 ended.add(number)
                 self._end(choice, event)
+        for number, count in counts.items():
+            self._time(number, now, count)
         found = []
         for number, parts in texts.items():
             choice, text, new = self.choices[number], "".join(parts), tokens.get(number, [])
@@ -159,7 +162,8 @@ class Job:
             self.first_token = now - self._started
             self._metrics.first_token.observe(self.first_token)
         elif tokens and self.choices[number].text:
-            self._metrics.between_tokens.observe((now - self._last[number]) / tokens)
+            for _ in range(tokens):  # those of one piece share the time since the last
+                self._metrics.between_tokens.observe((now - self._last[number]) / tokens)
         self._last[number] = now
 
     def _end(self, choice: Choice, event: FinishedEvent) -> None:

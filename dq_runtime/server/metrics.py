@@ -31,7 +31,7 @@ class Metrics:
         )
         self.between_tokens = Histogram(
             "dq_time_between_tokens_seconds",
-            "From one piece of a text to the next, by the number of its tokens.",
+            "From one piece of a text to the next, by the number of its tokens, for each of them.",
             buckets=_BETWEEN,
             registry=self._registry,
         )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dq_runtime.runtime.engine import FinishedEvent, TextEvent
+from dq_runtime.runtime.engine import FinishedEvent, Request, TextEvent
+from dq_runtime.runtime.sampling import Sampling
 from dq_runtime.server import inbox
 from dq_runtime.server.inbox import Inbox, Mailroom
+from dq_runtime.server.job import Job
 
 
 def test_nothing_is_lost_or_out_of_order() -> None:
@@ -97,3 +101,31 @@ def test_a_reader_that_falls_behind_is_marked_and_gets_no_more(monkeypatch: pyte
     box = asyncio.run(fill())
     assert box.overflowed
     assert [event.text for _, event in box.take() if isinstance(event, TextEvent)] == ["0", "1", "2"]
+
+
+def test_tokens_that_come_together_share_the_time_since_the_last() -> None:
+    seen: list[float] = []
+    metrics: Any = SimpleNamespace(
+        first_token=SimpleNamespace(observe=lambda seconds: None), between_tokens=SimpleNamespace(observe=seen.append)
+    )
+    told: list[Any] = []
+    engine: Any = SimpleNamespace(submit=lambda request, on_event: told.append(on_event))
+
+    async def read() -> list[str]:
+        job = Job(engine, Mailroom(asyncio.get_running_loop()), metrics, 1, 10.0)
+        job.submit([Request([1], 4, Sampling())])
+        texts = []
+        told[0](TextEvent("a", (1,)))
+        async for pieces in job.pieces(10.0):
+            texts += [piece.text for piece in pieces]
+            if len(texts) == 1:
+                await asyncio.sleep(0.03)
+                for word in ("b", "c", "d"):
+                    told[0](TextEvent(word, (1,)))
+            else:
+                break
+        return texts
+
+    assert asyncio.run(read()) == ["a", "bcd"]
+    assert len(seen) == 3
+    assert min(seen) == max(seen) > 0.009

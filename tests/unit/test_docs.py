@@ -140,6 +140,7 @@ def test_the_cpu_figures_of_the_readme_are_the_committed_result() -> None:
     )
     speeds = (slow["read_gb_per_second_2_threads"], slow["1B"]["read_gb_per_second_2_threads"])
     assert [f"{speed:.0f}" for speed in speeds] == ["30", "30"]
+    assert "with 30 GB/s throughout" in readme
 
 
 def test_the_serving_figures_are_the_committed_result() -> None:

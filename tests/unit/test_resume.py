@@ -123,6 +123,8 @@ def test_self_sampled_text_is_sampled_once(tiny_model: Path, tmp_path: Path, mon
         with pytest.raises(Interrupted):
             _quantize(tiny_model, None, tmp_path / "out")
     monkeypatch.setattr("dq_runtime.calibration.sample_windows", None)  # sampling again would fail
+    with pytest.raises(SpecError, match="was begun with 6 sampled windows, not 7"):
+        _quantize(tiny_model, None, tmp_path / "out", held_out_windows=3, resume=True)
     _quantize(tiny_model, None, tmp_path / "out", resume=True)
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()

@@ -34,13 +34,13 @@ from typing import Any
 import cpu_accuracy
 import cpu_models
 from cpu_models import once
+from rival_source import PACKAGE, source
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # runs from a bare clone too
 
 PROMPT = 512
 SMOL = "SmolLM2-135M"
-RIVAL = "llama-cpp-python==0.3.36"
 MEMORY_BYTES, MEMORY_READS = 2**29, 4  # cpu_worker.Memory
 COLD_RIVAL = """
 import sys, llama_cpp
@@ -62,21 +62,11 @@ def rival_python(requested: Path | None, folder: Path) -> Path:
         return requested
     python = folder / "bin" / "python"
     if not python.exists():
-        print(f"building {RIVAL} from source in {folder} (several minutes, once)", flush=True)
+        print(f"building {PACKAGE} from source in {folder} (several minutes, once)", flush=True)
         venv.create(folder, with_pip=True)
     built = subprocess.run([str(python), "-c", "import llama_cpp"], capture_output=True, check=False)
     if built.returncode:
-        install = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-cache-dir",
-            "--no-binary",
-            "llama-cpp-python",
-            RIVAL,
-        ]
+        install = [str(python), "-m", "pip", "install", "-q", "--no-cache-dir", str(source(folder))]
         # The sdist's default is -march=native, which is what makes it fast here; a wheel in pip's cache may be of
         # another machine.
         subprocess.run(install, check=True, env={**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON"})

@@ -1,7 +1,6 @@
 """llama.cpp's own server and quantizer, built from source for this machine.
 
-The source is the copy that llama-cpp-python's sdist carries: one version for all benchmarks against llama.cpp (see
-cpu.py), and nothing is fetched from anywhere but the package index.
+Its source: rival_source.py.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = "llama-cpp-python==0.3.36"
+from rival_source import PACKAGE, source
+
 # A release build with -march=native; no browser page, no TLS, nothing that is not measured.
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -52,16 +51,7 @@ def rival(folder: Path) -> Rival:
         sys.exit("serve.py: building llama.cpp needs cmake; install it, for instance with `pip install cmake`")
     print(f"building llama.cpp's server of {PACKAGE} in {folder} (10 minutes, once)", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / "source"
-    if not source.exists():
-        partial = folder / "partial-source"
-        shutil.rmtree(partial, ignore_errors=True)
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", PACKAGE]
-        subprocess.run([*download, "-d", str(folder)], check=True)
-        with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
-            archive.extractall(partial, filter="data")
-        partial.rename(source)
-    vendored = next(source.glob("llama_cpp_python-*/vendor/llama.cpp"))
+    vendored = source(folder) / "vendor" / "llama.cpp"
     build = folder / "build"
     subprocess.run([cmake, "-S", str(vendored), "-B", str(build), *OPTIONS], check=True, stdout=subprocess.DEVNULL)
     jobs = str(os.cpu_count() or 1)

@@ -93,6 +93,7 @@ py::dict cpu_features() {
     f["avx512vl"] = found.avx512vl;
     f["avx512dq"] = found.avx512dq;
     f["avx512_vnni"] = found.avx512_vnni;
+    f["amx_int8"] = found.amx_int8 && dq::tiles_permitted();
     f["neon"] = found.neon;
     f["dotprod"] = found.dotprod;
     f["sve"] = found.sve;
@@ -106,6 +107,9 @@ py::dict cpu_features() {
 #endif
 #ifdef DQ_HAVE_AVX512
     variants.append("avx512");
+#endif
+#ifdef DQ_HAVE_AMX
+    variants.append("amx");
 #endif
 #ifdef DQ_HAVE_NEON
     variants.append("neon");

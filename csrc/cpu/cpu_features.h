@@ -4,12 +4,20 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dq {
 
 struct Features {
     bool avx2 = false, fma = false, f16c = false;
     bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512_vnni = false;
+    bool amx_int8 = false;
     bool neon = false, dotprod = false, sve = false, i8mm = false;
 
     bool avx2_fma_f16c() const { return avx2 && fma && f16c; }
@@ -29,6 +37,8 @@ static inline Features features() {
     f.avx512vl = __builtin_cpu_supports("avx512vl") != 0;
     f.avx512dq = __builtin_cpu_supports("avx512dq") != 0;
     f.avx512_vnni = __builtin_cpu_supports("avx512vnni") != 0;
+    unsigned a = 0, b = 0, c = 0, d = 0;  // AMX-TILE and AMX-INT8, which GCC 10 has no names for
+    f.amx_int8 = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & 3) == 3;
 #elif defined(__aarch64__) && defined(__linux__)
     // Bit numbers of the kernel's asm/hwcap.h, which older systems lack names for.
     const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
@@ -40,6 +50,16 @@ static inline Features features() {
     f.neon = f.dotprod = true;  // every Apple CPU since 2018
 #endif
     return f;
+}
+
+// Asks the system for AMX's registers, which Linux (5.16 and later) gives to processes that ask, for all their threads.
+static inline bool tiles_permitted() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
 }
 
 }  // namespace dq

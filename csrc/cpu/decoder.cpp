@@ -56,8 +56,11 @@ struct Decoder::Phases {
     int64_t mixed_stride() const { return m.heads * m.head_dim; }
     int64_t gate_stride() const { return round_up(m.intermediate, kRows); }
 
+    // What is done token by token takes a microsecond each: of few tokens every thread has one share.
+    int64_t token_units() const { return tokens <= kFewTokens ? std::min<int64_t>(tokens, step.threads) : tokens; }
+
     int64_t units(int phase) const {
-        if (phase == 0) return tokens;
+        if (phase == 0) return token_units();
         const int in_layers = phase - 1;
         if (in_layers >= kPerLayer * layers()) {
             return units_of_last(in_layers - kPerLayer * layers());
@@ -69,12 +72,13 @@ struct Decoder::Phases {
             case kGateUp: return matmul_units(layer.gate_up, tokens, true);
             case kDown: return matmul_units(layer.down, tokens, false);
             case kAttend: return static_cast<int64_t>(pass.items.size()) * m.kv_heads;
-            default: return tokens;
+            default: return token_units();
         }
     }
 
     void work(int phase, int64_t begin, int64_t end, int thread) {
-        if (phase == 0) return embed(begin, end);
+        const int64_t shares = token_units(), first = tokens * begin / shares, last = tokens * end / shares;
+        if (phase == 0) return embed(first, last);
         const int in_layers = phase - 1;
         if (in_layers >= kPerLayer * layers()) {
             switch (in_layers - kPerLayer * layers()) {
@@ -94,20 +98,20 @@ struct Decoder::Phases {
         switch (in_layers % kPerLayer) {
             case kNormIn: {
                 const float* after = index ? m.layers[index - 1].after_mlp_norm : nullptr;
-                return norm(index > 0, after, layer.attention_norm, layer.qkv, begin, end);
+                return norm(index > 0, after, layer.attention_norm, layer.qkv, first, last);
             }
             case kQkv: return matmul(layer.qkv, store_to(d.wide_.data(), qkv_stride(), layer.qkv), tokens, begin, end, thread);
-            case kRotate: return rotate(layer, index, begin, end);
+            case kRotate: return rotate(layer, index, first, last);
             case kAttend: return attend(layer, index, begin, end, thread);
-            case kMixed: return mixed(layer, begin, end);
+            case kMixed: return mixed(layer, first, last);
             case kO: return matmul(layer.o, store_to(y, m.hidden, layer.o), tokens, begin, end, thread);
-            case kNormMid: return norm(true, layer.after_attention_norm, layer.mlp_norm, layer.gate_up, begin, end);
+            case kNormMid: return norm(true, layer.after_attention_norm, layer.mlp_norm, layer.gate_up, first, last);
             case kGateUp: {
                 Output out{d.wide_.data(), gate_stride(), gate_stride(), layer.gate_up.bias, Epilogue::kSiluMul};
                 if (m.gelu) out.epilogue = Epilogue::kGeluMul;
                 return matmul(layer.gate_up, out, tokens, begin, end, thread);
             }
-            case kQuantize: return feed(layer.down, d.wide_.data(), gate_stride(), begin, end);
+            case kQuantize: return feed(layer.down, d.wide_.data(), gate_stride(), first, last);
             default: return matmul(layer.down, store_to(y, m.hidden, layer.down), tokens, begin, end, thread);
         }
     }

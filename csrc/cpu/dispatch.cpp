@@ -23,6 +23,11 @@ std::vector<Choice> choices() {
     const auto add = [&](const char* name, const Kernels* kernels, const char* missing) {
         found.push_back({name, kernels, missing});
     };
+#ifdef DQ_HAVE_AMX
+    add("amx", &amx_kernels(), f.avx512() && f.amx_int8 && tiles_permitted() ? nullptr : "AMX with 8-bit integers");
+#else
+    add("amx", nullptr, nullptr);
+#endif
 #ifdef DQ_HAVE_AVX512
     add("avx512", &kAvx512Kernels, f.avx512() ? nullptr : "AVX-512 F, BW, VL, DQ and VNNI");
 #else

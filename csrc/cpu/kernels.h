@@ -80,6 +80,9 @@ extern const Kernels kAvx2Kernels;
 #ifdef DQ_HAVE_AVX512
 extern const Kernels kAvx512Kernels;
 #endif
+#ifdef DQ_HAVE_AMX  // with which AVX-512 is always compiled too
+const Kernels& amx_kernels();
+#endif
 #ifdef DQ_HAVE_NEON
 extern const Kernels kNeonKernels;
 #endif

@@ -9,63 +9,16 @@
 
 #include "kernels.h"
 #include "matmul_exact_impl.h"
+#include "matmul_parts.h"
 #include "prepared.h"
 #include "vec.h"
 
 namespace dq {
 namespace {
 
-// Bytes ahead in the codes, into the second-level cache: a Zen 4 core keeps far fewer lines in flight for its first.
-constexpr int kPrefetch = 8192;
-
-// One block (or the two of a tile) of finished products: bias, activation, store.
-inline void finish(const Output& out, int64_t block, int64_t token, const float* gate, const float* up) {
-    alignas(64) float product[kRows];
-    std::memcpy(product, gate, sizeof product);
-    if (out.bias != nullptr) {
-        for (int r = 0; r < kRows; r += W) store(product + r, load(product + r) + load(out.bias + block * kRows + r));
-    }
-    int64_t row = block * kRows;
-    if (out.epilogue != Epilogue::kStore) {
-        alignas(64) float other[kRows];
-        std::memcpy(other, up, sizeof other);
-        if (out.bias != nullptr) {
-            const float* bias = out.bias + (block + 1) * kRows;
-            for (int r = 0; r < kRows; r += W) store(other + r, load(other + r) + load(bias + r));
-        }
-        for (int r = 0; r < kRows; r += W) {
-            const vf v = load(product + r);
-            store(product + r, (out.epilogue == Epilogue::kSiluMul ? silu(v) : gelu(v)) * load(other + r));
-        }
-        row /= 2;
-    }
-    float* y = out.y + token * out.stride + row;
-    if (row + kRows <= out.n) {
-        std::memcpy(y, product, sizeof product);
-    } else {
-        for (int64_t r = 0; row + r < out.n; ++r) y[r] = product[r];
-    }
-}
-
 template <int Storage>
 DQ_INLINE Isa::Ints first_sum(const Prepared& w, int64_t scale_at, int32_t sum) {
     return w.zero ? Isa::zero_times(w.zero + scale_at, -sum) : Isa::splat_int(-w.middle * sum);
-}
-
-// Codes just unpacked to the unsigned bytes that the integer products take: themselves, or their levels'.
-template <int Storage>
-DQ_INLINE void look_up(const Prepared& w, Isa::Quad* quads) {
-    if constexpr (Storage == kTable) {
-        for (int i = 0; i < quads_per_unit(kTable); ++i) quads[i] = Isa::look_up(quads[i], w.levels.bytes);
-    }
-}
-
-// Scales of a group of a block, as the integer products want them.
-template <int Storage>
-DQ_INLINE Isa::Floats group_scale(const Prepared& w, int64_t scale_at) {
-    const Isa::Floats scale = Isa::load16(w.scale + scale_at, w.is_bf16);
-    if constexpr (Storage == kTable) return Isa::mul(scale, Isa::splat_float(w.levels.step));
-    return scale;
 }
 
 // out[m] += sums[m] * scale of the weight * scale of the activation * factor
@@ -73,7 +26,7 @@ template <int Storage, int M>
 DQ_INLINE void add_group(const Isa::Sums<Storage>* sums, Isa::Floats scale, const Activations& a, int64_t token, int64_t g,
                          float factor, Isa::Floats* out) {
     for (int m = 0; m < M; ++m) {
-        const Isa::Floats both = Isa::mul(scale, Isa::splat_float(a.scale[(token + m) * a.groups + g] * factor));
+        const Isa::Floats both = Isa::mul(scale, Isa::splat_float(a.scale[a.at(token + m, g)] * factor));
         out[m] = Isa::mul_add(Isa::to_float(sums[m]), both, out[m]);
     }
 }
@@ -82,7 +35,7 @@ DQ_INLINE void add_group(const Isa::Sums<Storage>* sums, Isa::Floats scale, cons
 template <int M>
 DQ_INLINE uint32_t touched_by(const Activations& a, int64_t token, int64_t g) {
     uint32_t touched = 0;
-    for (int m = 0; m < M; ++m) touched |= a.touched[(token + m) * a.groups + g];
+    for (int m = 0; m < M; ++m) touched |= a.touched[a.at(token + m, g)];
     return touched;
 }
 
@@ -162,7 +115,7 @@ DQ_INLINE void block_int8(const Prepared& w, const Activations& a, int64_t block
         const int64_t scale_at = (block * w.groups + g) * kRows;
         const Isa::Floats scale = group_scale<Storage>(w, scale_at);
         const auto first = [&](const int32_t* sum, int m) {
-            return first_sum<Storage>(w, scale_at, sum[(token + m) * a.groups + g]);
+            return first_sum<Storage>(w, scale_at, sum[a.at(token + m, g)]);
         };
         Isa::Sums<Storage> sums[M], rest[M];
         const uint32_t touched = Fine ? 0 : touched_by<M>(a, token, g);
@@ -279,7 +232,7 @@ DQ_INLINE void tile_int8(const Prepared& w, const Activations& a, int64_t block,
     }
     for (int64_t g = 0; g < w.groups; ++g) {
         const uint8_t* const group = quads + g * w.padded * kRows;
-        const int64_t x_at = token * a.columns + g * w.padded, sum_at = token * a.groups + g;
+        const int64_t x_at = token * a.columns + g * w.padded, sum_at = a.at(token, g);
         Isa::Sums<Storage> sums[B][M];
         const auto add_quad = [&](int64_t quad, const int8_t* x) {
             Isa::Quad q[B];

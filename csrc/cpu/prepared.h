@@ -92,6 +92,9 @@ struct Activations {
     uint8_t* fine;       // [tokens]
     float* x;            // [tokens, columns]: the exact path instead of all of the above
     int64_t columns, groups;
+
+    // Where there is one for every group of a token: one token's lie together, so that no two threads write to a line.
+    int64_t at(int64_t token, int64_t group) const { return token * groups + group; }
 };
 
 inline int64_t quads_per_bit(const Prepared& w) { return (w.padded / 4 + 31) / 32; }

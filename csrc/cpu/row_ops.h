@@ -10,7 +10,6 @@
 namespace dq {
 namespace {
 
-enum class Kind { kCoarse, kFine, kOutliers };  // 8 bits, 15, or 8 with outliers apart
 
 // What quantize_group leaves behind besides the codes.
 struct GroupResult {
@@ -28,9 +27,10 @@ DQ_INLINE void store_codes(int8_t* to, vf rounded) {
 inline float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }
 inline float clamp127(float v) { return v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v == v ? v : 0.0f; }
 
-// `range` is what 127 stands for. The sums are of integers, below 2^24 for every group the bindings allow, and so exact in
-// float32.
-template <Kind kind>
+// `range` is what 127 stands for: in 15 bits (Fine), or in 8 with what is beyond apart, which in most groups is nothing. To
+// ask which groups would take longer than to compute it: half of the branches would be predicted wrong. The sums are of
+// integers, below 2^24 for every group the bindings allow, and so exact in float32.
+template <bool Fine>
 DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padded, float range, int8_t* q, int8_t* rest) {
     // Below 2^-120 the inverse would overflow: such a group is zero. NaN and infinity reach the scale, and the output.
     const bool usable = !(range < 7.5e-37f);
@@ -41,7 +41,7 @@ DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padd
     int64_t i = 0;
     for (; i + W <= count; i += W) {
         vf v = load(x + i) * inverse;
-        if (kind == Kind::kOutliers) {
+        if (!Fine) {
             const vf beyond = max(min(round_even(v * kShare), most), -most);
             v = v - beyond * kUnit;
             store_codes(rest + i, beyond);
@@ -50,7 +50,7 @@ DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padd
         const vf high = max(min(round_even(v), most), -most);
         store_codes(q + i, high);
         sum += high;
-        if (kind == Kind::kFine) {
+        if (Fine) {
             const vf below = max(min(round_even((v - high) * 256.0f), most), -most);
             store_codes(rest + i, below);
             rest_sum += below;
@@ -59,58 +59,63 @@ DQ_INLINE GroupResult quantize_group(const float* x, int64_t count, int64_t padd
     float total = sum_of(sum), rest_total = sum_of(rest_sum);
     for (; i < count; ++i) {
         float v = x[i] * inverse, other = 0.0f;
-        if (kind == Kind::kOutliers) {
+        if (!Fine) {
             other = clamp127(round_even(v * kShare));
             v -= other * kUnit;
         }
         const float high = clamp127(round_even(v));
         q[i] = static_cast<int8_t>(high);
         total += high;
-        if (kind == Kind::kFine) other = clamp127(round_even((v - high) * 256.0f));
-        if (kind != Kind::kCoarse) {
-            rest[i] = static_cast<int8_t>(other);
-            rest_total += other;
-        }
+        if (Fine) other = clamp127(round_even((v - high) * 256.0f));
+        rest[i] = static_cast<int8_t>(other);
+        rest_total += other;
     }
     for (; i < padded; ++i) q[i] = rest[i] = 0;
-    if (kind == Kind::kCoarse) std::memset(rest, 0, static_cast<size_t>(padded));  // its neighbours in a tile may have some
     GroupResult result{usable ? range / 127.0f : 0.0f, static_cast<int32_t>(total), static_cast<int32_t>(rest_total)};
-    if (kind == Kind::kOutliers) result.sum += kOutlierUnit * result.rest_sum;
+    if (!Fine) result.sum += kOutlierUnit * result.rest_sum;
     return result;
 }
 
 // Which quads of a group have a rest, see Activations::touched.
 inline uint32_t touched_quads(const Prepared& w, const int8_t* rest) {
-    const int64_t bytes = 4 * quads_per_bit(w);
+    const int64_t quads = w.padded / 4, per_bit = quads_per_bit(w);
     uint32_t touched = 0;
-    for (int64_t at = 0, bit = 0; at < w.padded; at += bytes, ++bit) {
-        bool any = false;
-        for (int64_t i = at; i < at + bytes && i < w.padded; i += 4) {
-            int32_t four;
-            std::memcpy(&four, rest + i, 4);
-            any |= four != 0;
-        }
-        touched |= static_cast<uint32_t>(any) << bit;
+    int64_t quad = 0;
+#if defined(__AVX512F__)
+    for (; per_bit == 1 && quad + 16 <= quads; quad += 16) {
+        const __m512i sixteen = _mm512_loadu_si512(rest + 4 * quad);
+        touched |= static_cast<uint32_t>(_mm512_test_epi32_mask(sixteen, sixteen)) << quad;
+    }
+#endif
+    for (; quad < quads; ++quad) {
+        int32_t four;
+        std::memcpy(&four, rest + 4 * quad, 4);
+        touched |= static_cast<uint32_t>(four != 0) << quad / per_bit;
     }
     return touched;
 }
 
-// max |x| and, added to *squares, the sum of squares.
-float largest_of(const float* x, int64_t count, float* squares) {
-    vf most = vf{}, sum = vf{};
+typedef double vd __attribute__((vector_size(8 * W)));
+
+// max |x|, and x^2 added to the lanes of *squares: in float64, so that every instruction set finds the same rms, of which the
+// last bit may decide how a value is rounded.
+float largest_of(const float* x, int64_t count, vd* squares) {
+    vf most = vf{};
+    vd sum = *squares;
     int64_t i = 0;
     for (; i + W <= count; i += W) {
         const vf v = load(x + i);
         most = max(abs(v), most);
-        sum = fma(v, v, sum);
+        const vd wide = __builtin_convertvector(v, vd);
+        sum += wide * wide;
     }
     float largest = max_of(most);
-    *squares += sum_of(sum);
     for (; i < count; ++i) {
         const float v = std::fabs(x[i]);
         largest = largest > v ? largest : v;
-        *squares += v * v;
+        sum[0] += static_cast<double>(v) * static_cast<double>(v);
     }
+    *squares = sum;
     return largest;
 }
 
@@ -118,26 +123,27 @@ void quantize(const Prepared& w, const float* x, int64_t stride, bool all_fine, 
               int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
         const float* row = x + token * stride;
-        float squares = 0.0f;
+        vd squares = vd{};
         // The largest magnitudes pass through the place of the scales.
-        float* scale = a.scale + token * a.groups;
-        for (int64_t g = 0; g < w.groups; ++g) scale[g] = largest_of(row + g * w.group, w.group, &squares);
-        const float rms = std::sqrt(squares / static_cast<float>(w.k));
+        for (int64_t g = 0; g < w.groups; ++g) a.scale[a.at(token, g)] = largest_of(row + g * w.group, w.group, &squares);
+        double total = 0.0;
+        for (int lane = 0; lane < W; ++lane) total += squares[lane];
+        const float rms = static_cast<float>(std::sqrt(total / static_cast<double>(w.k)));
         const bool fine = all_fine || rms < 1e-18f;  // smaller squares are denormal: the rms would say nothing
         a.fine[token] = fine;
         for (int64_t g = 0; g < w.groups; ++g) {
-            const int64_t at = token * a.groups + g, column = token * a.columns + g * w.padded;
-            const bool outliers = !fine && scale[g] > kOutlierAbove * rms;
+            const int64_t at = a.at(token, g), column = token * a.columns + g * w.padded;
+            const float largest = a.scale[at];
+            const bool outliers = !fine && largest > kOutlierAbove * rms;
             const float* x_g = row + g * w.group;
             int8_t *q = a.q + column, *rest = a.rest + column;
             const GroupResult result =
-                fine       ? quantize_group<Kind::kFine>(x_g, w.group, w.padded, scale[g], q, rest)
-                : outliers ? quantize_group<Kind::kOutliers>(x_g, w.group, w.padded, kOutlierRange * rms, q, rest)
-                           : quantize_group<Kind::kCoarse>(x_g, w.group, w.padded, scale[g], q, rest);
-            scale[g] = result.scale;
+                fine ? quantize_group<true>(x_g, w.group, w.padded, largest, q, rest)
+                     : quantize_group<false>(x_g, w.group, w.padded, outliers ? kOutlierRange * rms : largest, q, rest);
+            a.scale[at] = result.scale;
             a.sum[at] = result.sum;
             a.rest_sum[at] = result.rest_sum;
-            a.touched[at] = outliers ? touched_quads(w, rest) : 0;
+            a.touched[at] = fine ? 0 : touched_quads(w, rest);
         }
     }
 }

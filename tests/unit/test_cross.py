@@ -67,7 +67,8 @@ def _flags(source: Path) -> list[str]:
     return [*FLAGS, *NEON, *(NEON_FILE_ZIG if "ziglang" in _compiler() else NEON_FILE)]
 
 
-SOURCES = sorted(path for path in CPU.glob("*.cpp") if path.stem not in ("kernels_avx2", "kernels_avx512"))
+X86_ONLY = ("kernels_avx2", "kernels_avx512", "kernels_amx")
+SOURCES = sorted(path for path in CPU.glob("*.cpp") if path.stem not in X86_ONLY)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

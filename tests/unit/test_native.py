@@ -349,5 +349,5 @@ def test_cpu_features() -> None:
 
     features = _native.cpu_features()
     assert "scalar" in features.pop("variants")
-    assert {"avx2", "avx512f", "avx512_vnni", "neon"} <= set(features)
+    assert {"avx2", "avx512f", "avx512_vnni", "amx_int8", "neon"} <= set(features)
     assert all(isinstance(value, bool) for value in features.values())

@@ -55,9 +55,11 @@ class Answer:
         parts raise, and :class:`DQError` for logits that are not finite."""
         request = self._request
         allowed = logits if self._guide is None else self._guide.mask(_on_host(logits))
-        if not math.isfinite(float(allowed.max())):
-            raise DQError("the model's logits are not finite; the checkpoint or the memory is damaged")
         token = int(self._sampler.choose(allowed, self.tokens).item())
+        # The largest of them is NaN or infinite if any is. Where it was looked for already it is the one chosen.
+        largest = allowed[token] if request.sampling.temperature == 0 else allowed.max()
+        if not math.isfinite(float(largest)):
+            raise DQError("the model's logits are not finite; the checkpoint or the memory is damaged")
         if token in self._ends:
             return TextEvent(self._ended("end"))
         if self._guide is not None:

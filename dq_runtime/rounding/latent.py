@@ -9,9 +9,10 @@ estimator, arXiv 1308.3432), also at both ends of the grid, where u stops. One s
 
     u <- u - lr * (m / sqrt(v)) with the usual bias corrections, lr in grid steps
 
-The scale of a gradient cancels in m / sqrt(v), so it is taken with respect to w_hat. No gradient is kept: the update is
-made as soon as the backward pass has that of the layer, while those of the layers below it do not exist yet. Where
-several windows make a step together, their sum is kept: 4 bytes a weight more, of all layers at once.
+The size of a scale cancels in m / sqrt(v), so the gradient is taken with respect to w_hat, and has its scale's sign. No
+gradient is kept: the update is made as soon as the backward pass has that of the layer, while those of the layers below
+it do not exist yet. Where several windows make a step together, their sum is kept: 4 bytes a weight more, of all layers
+at once.
 
 Where several processes round one model (dq_runtime/ranks.py), each holds some rows of u, of the moments, of the scales
 and of that sum; the codes of all are gathered when the weight is built, and of a gradient each gets the rows it holds,
@@ -64,6 +65,8 @@ class Latent:
         ranks: Ranks = ALONE,
     ) -> None:
         self._grid, self._seed, self._dtype, self._ranks, self._shape = grid, seed, dtype, ranks, u.shape
+        own = local(scales.scale)
+        self._signs = own.sign().unsqueeze(-1).to(dtype) if bool((own < 0).any()) else None
         self.bits = grid.spec.bits
         self.scales, self.u, self.moments = scales, local(u), moments
         self.lr = 0.0  # of the next step, in grid steps
@@ -157,6 +160,8 @@ class Latent:
         C++ a :class:`SpecError` and nothing changed; in PyTorch, which would have to wait for a GPU, the KL of the next
         step tells."""
         shape, device, moments = self.u.shape, self.u.device, self.moments
+        if self._signs is not None:
+            gradient = (gradient.view(*self._signs.shape[:2], -1) * self._signs).view(shape)
         steps = moments.steps + 1  # of this layer: an expert makes one only where a token reached it
         dither = Dither(self._shape, 3, self._seed * 1_000_003 + steps, device, self._ranks.begin(self._shape[0]))
         rate = self.lr * 2 ** (16 - self.bits)  # in units of u's last bit

@@ -3,10 +3,14 @@
     minimise over f   sum_k h_k * (s_f * (q_k - z_f) - w_k)^2,   q nearest on (s_f, z_f)
 
 with h [K] the mean square of the layer's inputs and (s_f, z_f) those of the group's range shrunk by f: the search that
-AutoRound 0.16 starts from, and (with h = 1) that of the grid's own ``scale="mse"``.
+AutoRound 0.16 starts from, and (with h = 1) that of the grid's own ``scale="mse"``. As there (and in llama.cpp's Q4_0
+before it), the scale of a symmetric group may be negative: codes reach one step further below zero than above, -4 to 3
+at 3 bits, and the sign decides which side of the weights gets that step.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -35,8 +39,9 @@ def searched_scales(layer: LayerProblem, moments: Tensor) -> Scales:
     best_s, best_z = own.scale.float(), middle if own.zero is None else own.zero.float()
     best = _weighted_error(grouped, h, best_s, best_z, top)
     finfo = torch.finfo(own.scale.dtype)
-    for factor in FACTORS:
-        s = (factor * (high - low) / top).clamp(finfo.tiny, finfo.max).to(own.scale.dtype).float()
+    for factor in FACTORS if not spec.symmetric else (*FACTORS, *(-f for f in FACTORS)):
+        s = (abs(factor) * (high - low) / top).clamp(finfo.tiny, finfo.max).to(own.scale.dtype).float()
+        s = math.copysign(1.0, factor) * s
         z = middle if spec.symmetric else (-factor * low / s).round().clamp(0, top)
         error = _weighted_error(grouped, h, s, z, top)
         better = error < best

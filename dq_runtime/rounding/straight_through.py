@@ -81,7 +81,7 @@ class _Served(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, dtype: torch.dtype) -> Tensor:
         finfo = torch.finfo(dtype)
-        return s.clamp(finfo.tiny, finfo.max).to(dtype).to(s.dtype)
+        return s.abs().clamp_(finfo.tiny, finfo.max).copysign_(s).to(dtype).to(s.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,8 +89,8 @@ class _Served(torch.autograd.Function):
 
 
 def served(s: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as the checkpoint will hold them: positive, finite, rounded to ``dtype`` and widened again; the gradient
-    passes unrounded."""
+    """Scales as the checkpoint will hold them: finite, not 0, of the sign they have, rounded to ``dtype`` and widened
+    again; the gradient passes unrounded."""
     result: Tensor = _Served.apply(s, dtype)  # type: ignore[no-untyped-call]
     return result
 

@@ -117,7 +117,7 @@ def check_on_every_grid(method: str, options: Mapping[str, Any], least: float = 
         assert int(choice.codes.max()) < 2**spec.bits
         if choice.scales is not None:
             assert choice.scales.scale.dtype is block.layer.scales.scale.dtype
-            assert bool((choice.scales.scale > 0).all() and choice.scales.scale.isfinite().all())
+            assert bool((choice.scales.scale != 0).all() and choice.scales.scale.isfinite().all())
             assert (choice.scales.zero is None) == spec.symmetric
         nearest = Choice(block.layer.grid.nearest(block.layer.weight(), block.layer.scales))
         if not options.get("outliers"):

@@ -105,6 +105,25 @@ def test_a_gradient_that_reaches_the_weight_makes_the_step_and_is_gone() -> None
     assert not torch.equal(latent.u, Latent.start(layer, _nearest(layer), 0.45, 7).u)
 
 
+def test_a_step_goes_against_the_gradient_where_a_scale_is_negative_too() -> None:
+    """Both groups of the mirrored weight say the same with other codes: after a step too."""
+    w = _normal(4, 32)
+    layer, scales = _layer(w, bits=3, group_size=16), _layer(w, bits=3, group_size=16).scales.scale
+    signs = torch.tensor([1.0, -1.0]).bfloat16()
+    codes = torch.randint(2, 6, (4, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    mirrored = codes.clone()
+    mirrored[:, 16:] = 8 - codes[:, 16:]
+    one, other = (
+        Latent.start(layer, Choice(c, Scales(s)), 0.0, 7) for c, s in ((codes, scales), (mirrored, scales * signs))
+    )
+    assert torch.equal(one.decoded(), other.decoded())
+    for latent in (one, other):
+        latent.lr = 1.0  # of a whole code
+        latent.step(_normal(4, 32, seed=2))
+    assert not torch.equal(one.codes(), codes)
+    torch.testing.assert_close(one.decoded(), other.decoded(), rtol=0, atol=0)
+
+
 def test_a_weight_used_twice_makes_one_step_with_the_sum() -> None:
     layer = _layer(_normal(4, 32), bits=3, group_size=32)
     latent, alone = (Latent.start(layer, _nearest(layer), 0.45, 7) for _ in range(2))

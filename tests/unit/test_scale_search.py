@@ -35,6 +35,7 @@ def test_it_finds_the_best_factor_of_every_group(spec: GridSpec, k: int) -> None
         top = 2**spec.bits - 1
         if spec.symmetric:
             scale = (2 * factor * torch.maximum(-low, high) / top).bfloat16()
+            best = torch.minimum(best, _error(layer, Scales(-scale), h))
             trial = Scales(scale)
         else:
             scale = (factor * (high - low) / top).bfloat16()
@@ -52,7 +53,17 @@ def test_large_inputs_decide() -> None:
     with_it = searched_scales(layer, h)
     h[3] = 0
     without_it = searched_scales(layer, h)
-    assert without_it.scale.item() <= 0.3 < 0.4 <= with_it.scale.item()  # 2 / 7 = 0.286 spans [-1, 1]
+    assert abs(without_it.scale.item()) <= 0.3 < 0.4 <= abs(with_it.scale.item())  # 2 / 7 = 0.286 spans [-1, 1]
+
+
+def test_the_lowest_code_goes_to_the_side_of_the_largest_weight() -> None:
+    """Codes of 3 bits reach from -4 to 3: {-3, .., 4} is theirs with a negative scale, without error."""
+    w = torch.arange(-3, 5).float().repeat(2, 2)
+    w[1] = -w[1]
+    layer = FakeLayer(w, GridSpec(bits=3, group_size=16))
+    found = searched_scales(layer, torch.ones(16))
+    assert found.scale.tolist() == [[-1.0], [1.0]]
+    assert torch.equal(layer.grid.decode(layer.grid.nearest(w, found), found), w)
 
 
 def test_without_inputs_the_layers_own_scales_stay() -> None:

@@ -237,6 +237,31 @@ def test_the_windows_that_the_model_adds_are_the_committed_results() -> None:
     assert table[2:] == lines
 
 
+def test_what_signs_of_scales_bring_is_the_committed_result() -> None:
+    def rows(name: str) -> dict[tuple[str, int], str]:
+        found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+        grid = {"group_size": 64, "transform": "identity", "scale": "absmax"}
+        return {(r["method"], r["bits"]): _kl(r) for r in found if all(r[key] == value for key, value in grid.items())}
+
+    before, after = rows("compare_stories260k"), rows("compare_stories260k_signs")
+    lines = [
+        f"| {m} | {before[m, 3]} | {after[m, 3]} | {before[m, 2]} | {after[m, 2]} |"
+        for m in ("autoround", "gsq", "discquant")
+    ]
+    page = (ROOT / "docs" / "discquant.md").read_text()
+    assert page.split("<!-- signs -->\n")[1].split("\n<!-- end -->")[0].splitlines()[2:] == lines
+    public = rows("compare_smollm2_public")
+    names = ("autoround", "AutoRound 0.16.1", "gptq", "llm-compressor 0.14.0.1 GPTQ", "nearest")
+    page = (ROOT / "docs" / "compare.md").read_text()
+    table = page.split("<!-- smollm2 public -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+    assert table[2:] == [f"| {name} | {public[name, 3]} |" for name in names]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    first = {key: figure.split(" ")[0] for key, figure in {**after, **public}.items()}
+    alone, original = first["autoround", 3], first["AutoRound 0.16.1", 3]
+    assert f"autoround alone is at {alone}, where AutoRound's own code is at {original}" in readme
+    assert f"ours at {first['discquant', 3]} and {first['discquant', 2]}" in readme
+
+
 def test_the_public_tools_in_the_page_on_comparing_are_the_committed_result() -> None:
     page = (ROOT / "docs" / "compare.md").read_text()
     rows = json.loads((ROOT / "benchmarks" / "results" / "compare_stories260k.json").read_text())["rows"]

@@ -113,7 +113,7 @@ def test_500_clients_at_once_are_answered_or_told_to_come_back(live: Live) -> No
 
 def test_a_megabyte_of_prompt_is_refused_and_holds_nobody_up(live: Live) -> None:
     text = "Anna found a red lamp. " * 45_000
-    # Told all at once, four texts are 9 events. The tiny model writes a token in 0.2 ms: only long ones are still going on.
+    # Told all at once, four texts are 9 events. The tiny model writes a token in 0.2 ms: only long ones are going on.
     with httpx.stream("POST", live.url + TEXT, json=LONG | {"n": 4, "max_tokens": 450}, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)

@@ -55,11 +55,12 @@ class Answer:
         parts raise, and :class:`DQError` for logits that are not finite."""
         request = self._request
         allowed = logits if self._guide is None else self._guide.mask(_on_host(logits))
+        greedy = request.sampling.temperature == 0
+        if not greedy:
+            _check_finite(allowed.max())
         token = int(self._sampler.choose(allowed, self.tokens).item())
-        # The largest of them is NaN or infinite if any is. Where it was looked for already it is the one chosen.
-        largest = allowed[token] if request.sampling.temperature == 0 else allowed.max()
-        if not math.isfinite(float(largest)):
-            raise DQError("the model's logits are not finite; the checkpoint or the memory is damaged")
+        if greedy:  # it has the largest logit, or one that is NaN: no need to look for that again
+            _check_finite(allowed[token])
         if token in self._ends:
             return TextEvent(self._ended("end"))
         if self._guide is not None:
@@ -82,6 +83,11 @@ class Answer:
         rest = self._text.flush()
         self.finish = reason if self._text.matched is None else "stop"
         return rest
+
+
+def _check_finite(largest: Any) -> None:
+    if not math.isfinite(float(largest)):
+        raise DQError("the model's logits are not finite; the checkpoint or the memory is damaged")
 
 
 def _on_host(logits: Any) -> NDArray[np.float32]:

@@ -141,6 +141,11 @@ def test_the_cpu_figures_of_the_readme_are_the_committed_result() -> None:
     speeds = (slow["read_gb_per_second_2_threads"], slow["1B"]["read_gb_per_second_2_threads"])
     assert [f"{speed:.0f}" for speed in speeds] == ["30", "30"]
     assert "with 30 GB/s throughout" in readme
+    amx = json.loads((ROOT / "benchmarks" / "results" / "cpu_amx.json").read_text())["ratios"]
+    decoding = f"decoding at 4 bits was {amx['decode_4bit']:.2f}x Q4_0"
+    others = f"at 3 bits {amx['decode_3bit']:.2f}x the best of llama.cpp's, prefill {amx['prefill_4bit']:.2f}x"
+    larger = f"the larger shape {amx['1B']['decode_4bit']:.2f}x and {amx['1B']['prefill_4bit']:.2f}x"
+    assert all(words in " ".join(readme.split()) for words in (decoding, others, larger))
 
 
 def test_the_serving_figures_are_the_committed_result() -> None:

@@ -3,10 +3,10 @@
     python benchmarks/soak.py [--minutes 10] [--output FILE]
 
 Clients stream, wait for whole answers, ask for JSON or several choices, hang up in the middle of a stream or before the
-first token, read slowly, and send what must be refused. The memory of keys and values is small enough that sequences
-are preempted. At the end no block may be held, no request may run or wait, every refusal must have been the right one,
-and the process must not have grown: its memory is compared after the first and the last fifth of the time. Exits with 1
-where one of these fails.
+first token, read slowly, and send what must be refused. The memory of keys and values is small enough, and some answers
+are long enough, that sequences are preempted. At the end no block may be held, no request may run or wait, every
+refusal must have been the right one, and the process must not have grown: its memory is compared after the first and
+the last fifth of the time. Exits with 1 where one of these fails.
 """
 
 from __future__ import annotations
@@ -63,6 +63,15 @@ async def whole(client: Client, pick: random.Random) -> str:
     response = await client.post("/v1/completions", json=body(pick, n=pick.choice([1, 1, 1, 3])))
     assert response.status_code == 200, response.text[:300]
     return "whole"
+
+
+async def grown(client: Client, pick: random.Random) -> str:
+    """A long answer to a few words: what a sequence needs at its end was not there to be counted when it was let in."""
+    asked = {"prompt": "Once upon a time", "max_tokens": pick.randrange(300, 700), "seed": pick.randrange(2**31)}
+    response = await client.post("/v1/completions", json={**asked, "ignore_eos": True})
+    assert response.status_code == 200, response.text[:300]
+    assert response.json()["usage"]["completion_tokens"] == asked["max_tokens"], "an answer was cut short"
+    return "long"
 
 
 async def streamed(client: Client, pick: random.Random) -> str:
@@ -150,6 +159,7 @@ KINDS: tuple[tuple[Kind, int], ...] = (
     (whole, 4),
     (chatted, 2),
     (as_json, 1),
+    (grown, 2),
     (hung_up, 4),
     (gave_up, 3),
     (refused, 3),

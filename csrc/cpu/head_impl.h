@@ -54,20 +54,17 @@ int64_t choose(const float* logits, int64_t n, int32_t* rows) {
 // Adds the products of the lower planes of `rows` with x [k] to their logits.
 void refine(const Prepared& head, const float* x, const int32_t* rows, int64_t count, float* logits) {
     typedef uint8_t vub __attribute__((vector_size(W)));
-    const int64_t stride = head.k / 4, scales = head.groups * kRows;
-    const auto prefetch_row = [&](int64_t row) {  // 13 lines from as many places, each a third of a microsecond away
-        const uint16_t* scale = head.scale + row / kRows * scales;
-        for (int64_t line = 0; line < stride; line += 64) __builtin_prefetch(head.rest + row * stride + line);
-        for (int64_t line = 0; line < scales; line += 32) __builtin_prefetch(scale + line);
+    const int64_t stride = head.rest_stride();
+    const auto prefetch_row = [&](int64_t row) {  // a third of a microsecond away
+        for (int64_t line = 0; line < stride + 64; line += 64) __builtin_prefetch(head.rest + row * stride + line);
     };
     for (int64_t at = 0; at < count && at < 4; ++at) prefetch_row(rows[at]);
     for (int64_t at = 0; at < count; ++at) {
         const int64_t row = rows[at];
         if (at + 4 < count) prefetch_row(rows[at + 4]);
         const uint8_t* rest = head.rest + row * stride;
-        const uint16_t* scale = head.scale + row / kRows * scales + row % kRows;
         vf sums = vf{};
-        for (int64_t c = 0; c < head.k; c += 64, rest += 16, scale += 2 * kRows) {
+        for (int64_t c = 0; c < head.k; c += 64, rest += kRestBytes) {
             vf group[2] = {};
             for (int i = 0; i < 16; i += W) {
                 vub bytes;
@@ -79,7 +76,9 @@ void refine(const Prepared& head, const float* x, const int32_t* rows, int64_t c
                 }
             }
             for (int half = 0; half < 2; ++half) {
-                const uint32_t wide = static_cast<uint32_t>(scale[half * kRows]) << 16;
+                uint16_t scale;
+                std::memcpy(&scale, rest + 16 + 2 * half, 2);
+                const uint32_t wide = static_cast<uint32_t>(scale) << 16;
                 float step;
                 std::memcpy(&step, &wide, 4);
                 sums = fma(splat(step), group[half], sums);

@@ -129,14 +129,17 @@ void quantize_row(const Prepared& w, const float* x, uint8_t* codes, uint16_t* s
     }
 }
 
-// Codes [k] of 2 .. 253 to their upper planes, in place, and to the lower ones [k / 4] (prepared.h).
-void split_planes(int64_t k, uint8_t* codes, uint8_t* rest) {
-    for (int64_t c = 0; c < k; c += 64, codes += 64, rest += 16) {
+// Codes [k] of 2 .. 253 to their upper planes, in place, and to the lower one's row with a copy of its scales, which come
+// kRows apart (prepared.h).
+void split_planes(int64_t k, uint8_t* codes, const uint16_t* scale, uint8_t* rest) {
+    for (int64_t c = 0; c < k; c += 64, codes += 64, scale += 2 * kRows, rest += kRestBytes) {
         for (int i = 0; i < 16; ++i) {
             int four = 0;
             for (int j = 0; j < 4; ++j) four |= ((codes[16 * j + i] + 2) & 3) << (2 * j);
             rest[i] = static_cast<uint8_t>(four);
         }
+        std::memcpy(rest + 16, scale, 2);
+        std::memcpy(rest + 18, scale + kRows, 2);
         for (int i = 0; i < 64; ++i) codes[i] = static_cast<uint8_t>((codes[i] + 2) >> 2);
     }
 }
@@ -215,7 +218,7 @@ void repack(const FloatSource& s, const Target& t, int threads) {
             if (r < rows) {
                 read_floats(s, (first_row + r) * w.k, w.k, x.data());
                 quantize_row(w, x.data(), line.data(), scale + r);
-                if (w.rest) split_planes(w.k, line.data(), w.rest + (block * kRows + r) * (w.k / 4));
+                if (w.rest) split_planes(w.k, line.data(), scale + r, w.rest + (block * kRows + r) * w.rest_stride());
                 place_groups(w, line.data(), codes.data() + r * w.columns());
             } else {
                 for (int64_t g = 0; g < w.groups; ++g) scale[g * kRows + r] = 0;

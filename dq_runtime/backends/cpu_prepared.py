@@ -27,7 +27,7 @@ FLOAT = 16  # the storage of unquantized 16-bit weights
 TABLE = 20  # of codes that are places in a table
 MOST_ACTIVATIONS = 128  # int8 activations share a scale over at most this many columns
 ALIGNMENT = 64
-PLANE_COLUMNS = 64  # the lower plane of a head comes in pieces of so many columns
+PLANE_COLUMNS, PLANE_BYTES = 64, 20  # the lower plane of a head comes in pieces of so many columns and bytes
 # Columns from which a head has two planes. What they save grows with the columns, what choosing rows costs does not:
 # at 2048 (Llama-3.2-1B) a decode step became 1.06 times as fast, at 576 (SmolLM2-135M) 0.91.
 PLANES_FROM = 1024
@@ -196,7 +196,7 @@ def _plan_dense(parts: tuple[Part, ...], dtypes: set[str], n: int, k: int, exact
     group, storage = (k, FLOAT) if exact else (_dense_group(k), 6 if planes else 8)
     codes, scales = native().prepared_sizes(n, k, group, storage)
     is_bf16 = dtypes == {"bfloat16"} if exact else True
-    middle, rest = (32, n * k // 4) if planes else (128, 0)
+    middle, rest = (32, n * k // PLANE_COLUMNS * PLANE_BYTES) if planes else (128, 0)
     return Plan(parts, n, k, group, storage, middle, False, is_bf16, codes, 0 if exact else scales, rest)
 
 

@@ -41,14 +41,17 @@ def planes(head: Tensor) -> tuple[Tensor, Tensor]:
     n, k = head.shape
     layout = plan([Part(host_of(head))], n, exact=False, head=True)
     assert layout.storage == 6
-    assert layout.rest == n * k // 4
+    assert layout.rest == n * k // 64 * 20
     ready = prepare(layout, Arena(layout.nbytes), 1)
     upper = torch.from_numpy(qmm_prepared(np.eye(k, dtype=np.float32), ready, True, 1)).T.double()
     _, scale, rest = ready.arrays
-    pieces = torch.from_numpy(rest.copy()).view(n, k // 64, 1, 16)
+    lines = torch.from_numpy(rest.copy()).view(n, k // 64, 20)
+    pieces = lines[:, :, None, :16]
     lower = (pieces >> torch.tensor([0, 2, 4, 6]).view(4, 1) & 3).reshape(n, k).double() - 1.5
     bits = torch.from_numpy(scale.view(np.int16).copy()).view(torch.bfloat16).double()
     steps = bits.view(-1, k // 32, 16).transpose(1, 2).reshape(-1, k // 32)[:n] / 4
+    copied = lines[:, :, 16:].contiguous().view(torch.bfloat16).view(n, -1)
+    assert (copied.double() == 4 * steps).all()
     return upper, upper + lower * steps.repeat_interleave(32, 1)
 
 

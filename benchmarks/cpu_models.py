@@ -144,9 +144,9 @@ def make_1b(bits: int, folder: Path) -> None:
 
 
 def bytes_per_token_1b(bits: int, positions: int) -> float:
-    """What one decoded token must read: codes and 16-bit scales of the linears, of the head's 8 bits the upper plane of 6
-    and a scale per 32 (csrc/cpu/head.h; the lower plane's few rows are not counted), and the float16 keys and values of
-    ``positions`` positions."""
+    """What one decoded token must read: codes and 16-bit scales of the linears, of the head's 8 bits the upper plane of
+    6 and a scale per 32 (csrc/cpu/head.h; the lower plane's few rows are not counted), and the float16 keys and values
+    of ``positions`` positions."""
     linears = LAYERS * sum(n * k for *_, n, k in LINEARS)
     head, cache = VOCAB * HIDDEN * (6 / 8 + 2 / 32), LAYERS * KV_HEADS * HEAD_DIM * 2 * 2 * positions
     return linears * (bits / 8 + 2 / GROUP) + head + cache

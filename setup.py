@@ -49,11 +49,12 @@ AVX512 = (
     *(*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
+AMX = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 VARIANTS = [
     Variant("scalar", "csrc/cpu/kernels_scalar.cpp"),
     Variant("avx2", "csrc/cpu/kernels_avx2.cpp", AVX2, X86),
     Variant("avx512", "csrc/cpu/kernels_avx512.cpp", AVX512, X86),
-    Variant("amx", "csrc/cpu/kernels_amx.cpp", (*AVX512, "-mamx-tile", "-mamx-int8"), X86),
+    Variant("amx", "csrc/cpu/kernels_amx.cpp", (*AVX512, *AMX), X86),
     Variant("neon", "csrc/cpu/kernels_neon.cpp", ("-march=armv8.2-a+dotprod",), ARM),
 ]
 SHARED_SOURCES = [

@@ -114,7 +114,8 @@ void repack_float(const Prepared& w, int64_t first, int64_t step, uintptr_t valu
     repack(source, to, threads);
 }
 
-void qmm_prepared(const Prepared& w, uintptr_t x_ptr, int64_t m, uintptr_t y_ptr, int threads, bool exact) {
+void qmm_prepared(const Prepared& w, uintptr_t x_ptr, int64_t m, uintptr_t y_ptr, int threads, bool exact,
+                  bool prompt) {
     positive(m, "M");
     if (w.storage == kFloat && !exact) throw py::value_error("unquantized weights run in exact mode only");
     struct Call {
@@ -123,19 +124,20 @@ void qmm_prepared(const Prepared& w, uintptr_t x_ptr, int64_t m, uintptr_t y_ptr
         const float* x;
         float* y;
         int64_t m;
-        bool exact;
+        bool exact, prompt;
         Activations a;
         unsigned char* scratch;
         int64_t scratch_stride;
     };
     const Kernels& k = kernels();  // throws where DQ_ISA asks for what there is not
-    Call call{w, k, address<const float>(x_ptr, "x_ptr"), address<float>(y_ptr, "y_ptr"), m, exact, {}, nullptr, 0};
+    Call call{w, k, address<const float>(x_ptr, "x_ptr"), address<float>(y_ptr, "y_ptr"), m, exact,
+              prompt && k.round != nullptr, {}, nullptr, 0};
     py::gil_scoped_release release;
     // A buffer per Python thread, kept: fresh pages cost as much as a small matmul.
     thread_local std::vector<unsigned char> buffer;
     threads = std::max(1, std::min(useful_threads(threads, w.n, w.k * m), kMaxThreads));
     const int64_t head = (place_activations(w, m, exact, nullptr, &call.a) + 63) / 64 * 64;
-    call.scratch_stride = m <= kFewTokens ? 0 : (scratch_bytes(w, exact) + 63) / 64 * 64;
+    call.scratch_stride = m <= kFewTokens && !call.prompt ? 0 : (scratch_bytes(w, exact) + 63) / 64 * 64;
     const size_t needed = static_cast<size_t>(head + threads * call.scratch_stride + 64);
     if (buffer.size() < needed) buffer.resize(needed);
     auto* base = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
@@ -149,6 +151,7 @@ void qmm_prepared(const Prepared& w, uintptr_t x_ptr, int64_t m, uintptr_t y_ptr
              [](void* p, int phase, int64_t begin, int64_t end, int thread) {
                  const Call& c = *static_cast<Call*>(p);
                  if (phase == 0 && c.exact) return c.k.pad(c.w, c.x, c.w.k, c.a, begin, end);
+                 if (phase == 0 && c.prompt) return c.k.round(c.w, c.x, c.w.k, c.a, begin, end);
                  if (phase == 0) return c.k.quantize(c.w, c.x, c.w.k, c.m <= kFineTokens, c.a, begin, end);
                  const Output out{c.y, c.w.n, c.w.n, nullptr, Epilogue::kStore};
                  const Tile tile{0, c.m, 2 * begin, std::min(2 * end, c.w.blocks()), c.scratch + thread * c.scratch_stride};
@@ -182,7 +185,9 @@ void bind_prepared(py::module_& module) {
                arg("n"), arg("threads"),
                "n rows of floats (type 0 float32, 1 bfloat16, 2 float16): quantized to 8 bits, in one plane or two, or kept as they are.");
     module.def("qmm_prepared", &qmm_prepared, arg("w"), arg("x_ptr"), arg("M"), arg("y_ptr"), arg("threads"),
-               arg("exact"), "y float32 [M, N] = x float32 [M, K] @ w.T, activations int8 per group or exact.");
+               arg("exact"), arg("prompt"),
+               "y float32 [M, N] = x float32 [M, K] @ w.T, activations int8 per group or exact; those of a prompt in bfloat16 "
+               "instead of int8 where the instruction set multiplies that.");
     module.def(
         "advise_huge",
         [](uintptr_t start, int64_t bytes) {

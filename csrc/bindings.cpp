@@ -94,6 +94,7 @@ py::dict cpu_features() {
     f["avx512dq"] = found.avx512dq;
     f["avx512_vnni"] = found.avx512_vnni;
     f["amx_int8"] = found.amx_int8 && dq::tiles_permitted();
+    f["amx_bf16"] = found.amx_bf16 && dq::tiles_permitted();
     f["neon"] = found.neon;
     f["dotprod"] = found.dotprod;
     f["sve"] = found.sve;

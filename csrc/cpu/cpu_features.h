@@ -17,7 +17,7 @@ namespace dq {
 struct Features {
     bool avx2 = false, fma = false, f16c = false;
     bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512_vnni = false;
-    bool amx_int8 = false;
+    bool amx_int8 = false, amx_bf16 = false;  // the latter with AVX-512 BF16
     bool neon = false, dotprod = false, sve = false, i8mm = false;
 
     bool avx2_fma_f16c() const { return avx2 && fma && f16c; }
@@ -37,8 +37,9 @@ static inline Features features() {
     f.avx512vl = __builtin_cpu_supports("avx512vl") != 0;
     f.avx512dq = __builtin_cpu_supports("avx512dq") != 0;
     f.avx512_vnni = __builtin_cpu_supports("avx512vnni") != 0;
-    unsigned a = 0, b = 0, c = 0, d = 0;  // AMX-TILE and AMX-INT8, which GCC 10 has no names for
+    unsigned a = 0, b = 0, c = 0, d = 0;  // AMX-TILE, AMX-INT8 and AMX-BF16, which GCC 10 has no names for
     f.amx_int8 = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & 3) == 3;
+    f.amx_bf16 = (d >> 22 & 1) != 0 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;
 #elif defined(__aarch64__) && defined(__linux__)
     // Bit numbers of the kernel's asm/hwcap.h, which older systems lack names for.
     const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);

@@ -163,8 +163,12 @@ struct Decoder::Phases {
             // its products were a quarter of a pass of eight, half of them the rests'.
             const bool head = &next == &m.head;
             const int64_t token = head ? pass.rows[static_cast<size_t>(row)] : row;
-            const bool fine = pass.all_fine(token) || (head && !pass.segment_of(token).generated);
-            k.quantize(next.w, x, stride, fine, a, row, row + 1);
+            const bool prompt = !pass.segment_of(token).generated;
+            if (prompt && !head && k.round != nullptr) {
+                k.round(next.w, x, stride, a, row, row + 1);
+            } else {
+                k.quantize(next.w, x, stride, pass.all_fine(token) || (head && prompt), a, row, row + 1);
+            }
         }
     }
 

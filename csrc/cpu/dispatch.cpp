@@ -24,7 +24,8 @@ std::vector<Choice> choices() {
         found.push_back({name, kernels, missing});
     };
 #ifdef DQ_HAVE_AMX
-    add("amx", &amx_kernels(), f.avx512() && f.amx_int8 && tiles_permitted() ? nullptr : "AMX with 8-bit integers");
+    const bool amx = f.avx512() && f.amx_int8 && f.amx_bf16 && tiles_permitted();
+    add("amx", &amx_kernels(), amx ? nullptr : "AMX with 8-bit integers and bfloat16");
 #else
     add("amx", nullptr, nullptr);
 #endif

@@ -18,7 +18,7 @@ namespace dq {
 struct Tile {
     int64_t token_begin, token_end;
     int64_t block_begin, block_end;  // even counts where the epilogue pairs blocks
-    void* scratch;                   // scratch_bytes(w, exact), needed above kFewTokens tokens
+    void* scratch;                   // scratch_bytes(w, exact), needed above kFewTokens tokens and for bfloat16
 };
 
 // Up to this many tokens a block is unpacked in registers; above, into scratch, and read back per 6 tokens.
@@ -30,7 +30,9 @@ constexpr float kOutlierAbove = 2.75f, kOutlierRange = 1.9f;
 // Up to so many tokens a matmul waits for memory, and 15 bits for all of them cost nothing.
 constexpr int64_t kFineTokens = 4;
 
-inline int64_t scratch_bytes(const Prepared& w, bool exact) { return 2 * kRows * w.columns() * (exact ? 4 : 1); }
+inline int64_t scratch_bytes(const Prepared& w, bool exact) {
+    return exact ? 8 * kRows * w.columns() : 4 * kRows * half_columns_of(w.columns());
+}
 
 struct Kernels {
     const char* name;
@@ -42,7 +44,8 @@ struct Kernels {
     void (*pad)(const Prepared& w, const float* x, int64_t stride, const Activations& a, int64_t begin, int64_t end);
 
     // y = epilogue(a @ decode(w).T): exact int32 sums per group, each times scale * activation scale, added in group
-    // order in float32, in a fine token a group's rest after its q. An element depends on its token and row only.
+    // order in float32, in a fine token a group's rest after its q. Of tokens in bfloat16: products with weights rounded
+    // to bfloat16, added in float32. An element depends on its token, how that is held, and its row only.
     void (*matmul_int8)(const Prepared& w, const Activations& a, const Output& out, const Tile& tile);
     // The same with float32 activations and exactly decoded weights: a group's products added column by column, then that
     // sum times the scale. An element depends on its token and row only here too. |error| <= (columns + 4) u sum |x| |w|.
@@ -65,6 +68,9 @@ struct Kernels {
     AttentionKernels attention;
     RowKernels rows;
     LatentKernels latent;
+
+    // `quantize` for tokens of prompts, in bfloat16; nullptr where matmul_int8 does not take that.
+    void (*round)(const Prepared& w, const float* x, int64_t stride, const Activations& a, int64_t begin, int64_t end) = nullptr;
 };
 
 // The best table this CPU runs, or the one DQ_ISA names; throws std::runtime_error, in one sentence, where that is

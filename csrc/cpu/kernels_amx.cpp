@@ -8,6 +8,7 @@ const Kernels& amx_kernels() {
         Kernels found = kAvx512Kernels;
         found.name = "amx";
         found.matmul_int8 = matmul_in_tiles;
+        found.round = round_to_half;
         return found;
     }();
     return table;

@@ -139,8 +139,8 @@ template <bool Exact, class Work>
 void every_run(const Activations& a, const Tile& tile, const Work& work) {
     if constexpr (Exact) return work(tile.token_begin, tile.token_end, std::false_type{});
     for (int64_t begin = tile.token_begin, end = begin; begin < tile.token_end; begin = end) {
-        while (end < tile.token_end && a.fine[end] == a.fine[begin]) ++end;
-        if (a.fine[begin]) {
+        while (end < tile.token_end && a.held[end] == a.held[begin]) ++end;
+        if (a.held[begin] == Held::kFifteenBits) {
             work(begin, end, std::true_type{});
         } else {
             work(begin, end, std::false_type{});

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "isa_avx512.h"
+#include "matmul_half.h"
 #include "matmul_parts.h"
 #include "tiles.h"
 
@@ -287,11 +288,13 @@ template <int Storage>
 void matmul_of(const Prepared& w, const Activations& a, const Output& out, const Tile& tile) {
     const int quads = quads_of_tile<Storage>(w);
     for (int64_t begin = tile.token_begin, end = begin; begin < tile.token_end; begin = end) {
-        while (end < tile.token_end && a.fine[end] == a.fine[begin]) ++end;
+        while (end < tile.token_end && a.held[end] == a.held[begin]) ++end;
         const Tile run{begin, end, tile.block_begin, tile.block_end, tile.scratch};
-        if (quads == 0 || end - begin < kFewestInTiles) {
+        if (a.held[begin] == Held::kBfloat16) {
+            run_in_half<Storage>(w, a, out, run);
+        } else if (quads == 0 || end - begin < kFewestInTiles) {
             kAvx512Kernels.matmul_int8(w, a, out, run);
-        } else if (a.fine[begin]) {
+        } else if (a.held[begin] == Held::kFifteenBits) {
             run_in_tiles<Storage, true>(w, a, out, run, quads);
         } else {
             run_in_tiles<Storage, false>(w, a, out, run, quads);

@@ -85,7 +85,15 @@ struct Prepared {
 //
 // SmolLM2-135M at 4 bits, KL to exact activations: 6.7e-3 with 8 bits and no outliers, 8.1e-4 with them, below 1e-7 with
 // every token fine.
+//
+// Tokens of prompts are bfloat16 instead where the instruction set multiplies those (AMX): x = half, nothing else is set.
 constexpr int32_t kOutlierUnit = 254;
+
+enum class Held : uint8_t { kEightBits, kFifteenBits, kBfloat16 };
+
+// A product of tiles of bfloat16 takes 32 columns and 16 tokens: so many are laid out, and read.
+constexpr int kHalfColumns = 32, kHalfTokens = 16;
+inline int64_t half_columns_of(int64_t columns) { return (columns + kHalfColumns - 1) / kHalfColumns * kHalfColumns; }
 
 struct Activations {
     int8_t *q, *rest;    // [tokens, columns], in [-127, 127]
@@ -93,12 +101,14 @@ struct Activations {
     int32_t* sum;        // [tokens, groups]: of q; where the token is not fine, of q + 254 * rest
     int32_t* rest_sum;   // [tokens, groups]: of rest, of fine tokens
     uint32_t* touched;   // [tokens, groups]: of other tokens, bit i where rest is not 0 in quads i * quads_per_bit(w) and on
-    uint8_t* fine;       // [tokens]
+    Held* held;          // [tokens]: how each token's activations are held
+    uint16_t* half;      // [tokens, half_columns()]: bfloat16, zeros behind the row's columns
     float* x;            // [tokens, columns]: the exact path instead of all of the above
     int64_t columns, groups;
 
     // Where there is one for every group of a token: one token's lie together, so that no two threads write to a line.
     int64_t at(int64_t token, int64_t group) const { return token * groups + group; }
+    int64_t half_columns() const { return half_columns_of(columns); }
 };
 
 inline int64_t quads_per_bit(const Prepared& w) { return (w.padded / 4 + 31) / 32; }
@@ -120,8 +130,10 @@ inline int64_t place_activations(const Prepared& w, int64_t tokens, bool exact, 
     a->touched = reinterpret_cast<uint32_t*>(at + 12 * blocks);
     a->q = reinterpret_cast<int8_t*>(at + 16 * blocks);
     a->rest = reinterpret_cast<int8_t*>(at + 16 * blocks + cells);
-    a->fine = reinterpret_cast<uint8_t*>(at + 16 * blocks + 2 * cells);
-    return static_cast<int64_t>(16 * blocks + 2 * cells) + tokens;
+    a->held = reinterpret_cast<Held*>(at + 16 * blocks + 2 * cells);
+    const uint64_t half = (16 * blocks + 2 * cells + static_cast<uint64_t>(tokens) + 63) / 64 * 64;
+    a->half = reinterpret_cast<uint16_t*>(at + half);
+    return static_cast<int64_t>(half) + 2 * (tokens + kHalfTokens - 1) * half_columns_of(w.columns());
 }
 
 // What becomes of the products x @ w.T.

@@ -130,7 +130,7 @@ void quantize(const Prepared& w, const float* x, int64_t stride, bool all_fine, 
         for (int lane = 0; lane < W; ++lane) total += squares[lane];
         const float rms = static_cast<float>(std::sqrt(total / static_cast<double>(w.k)));
         const bool fine = all_fine || rms < 1e-18f;  // smaller squares are denormal: the rms would say nothing
-        a.fine[token] = fine;
+        a.held[token] = fine ? Held::kFifteenBits : Held::kEightBits;
         for (int64_t g = 0; g < w.groups; ++g) {
             const int64_t at = a.at(token, g), column = token * a.columns + g * w.padded;
             const float largest = a.scale[at];

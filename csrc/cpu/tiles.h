@@ -64,6 +64,11 @@ DQ_INLINE void multiply_tiles() {
         asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
     }
 }
+// Sums [token][row] += inputs [token][column] x weights [pair of columns][row][2], both bfloat16.
+template <int Sums, int Inputs, int Weights>
+DQ_INLINE void multiply_halves() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+}
 
 }  // namespace
 }  // namespace dq

@@ -280,12 +280,15 @@ def _repack(handle: Any, part: Part, start: int, stop: int, threads: int) -> Non
     )
 
 
-def qmm_prepared(x: NDArray[np.float32], w: NativeWeight, exact: bool, threads: int) -> NDArray[np.float32]:
-    """x [M, K] -> float32 [M, N] = x @ w.T; activations rounded to int8 per group, or used as they are."""
+def qmm_prepared(
+    x: NDArray[np.float32], w: NativeWeight, exact: bool, threads: int, prompt: bool = False
+) -> NDArray[np.float32]:
+    """x [M, K] -> float32 [M, N] = x @ w.T; activations rounded to int8 per group, or used as they are, or as the
+    decoder takes those of a ``prompt``: to bfloat16 on CPUs with AMX, else to int8."""
     if x.ndim != 2 or x.shape[1] != w.k or x.dtype != np.float32:
         raise BackendError(f"native qmm needs float32 x [M, {w.k}], got {list(x.shape)} {x.dtype}")
     x = np.ascontiguousarray(x)
     y = np.empty((x.shape[0], w.n), np.float32)
     if y.size:
-        native().qmm_prepared(w.handle, address(x), x.shape[0], address(y), threads, exact)
+        native().qmm_prepared(w.handle, address(x), x.shape[0], address(y), threads, exact, prompt)
     return y

@@ -57,8 +57,8 @@ def Part(w: PackedWeight | Tensor, first: int = 0, step: int = 1) -> cpu_prepare
     return cpu_prepared.Part(host_weight_of(w) if isinstance(w, PackedWeight) else host_of(w), first, step)
 
 
-def qmm_prepared(x: Tensor, w: NativeWeight, exact: bool, threads: int) -> Tensor:
-    return torch.from_numpy(cpu_prepared.qmm_prepared(x.numpy(), w, exact, threads))
+def qmm_prepared(x: Tensor, w: NativeWeight, exact: bool, threads: int, prompt: bool = False) -> Tensor:
+    return torch.from_numpy(cpu_prepared.qmm_prepared(x.numpy(), w, exact, threads, prompt))
 
 
 def prepared(*parts: cpu_prepared.Part, n: int, exact: bool = False) -> NativeWeight:
@@ -114,6 +114,36 @@ def test_result_depends_on_neither_threads_nor_other_tokens(bits: int) -> None:
     few = qmm_prepared(x[:4], ready, False, 1)
     for m in range(4):
         assert torch.equal(qmm_prepared(x[m : m + 1], ready, False, 2), few[m : m + 1])
+
+
+def rounds_prompts() -> bool:
+    """Whether the instruction set in use takes prompts in bfloat16."""
+    from dq_runtime import _native
+
+    chosen: str = _native.isa()
+    return chosen == "amx"
+
+
+@pytest.mark.parametrize(("k", "group"), SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_prompts(bits: int, k: int, group: int) -> None:
+    """In bfloat16 a weight and an activation move by u = 2^-8 of themselves at most, a product by 2 u + u^2, and sums
+    in float32 round as ever; where there are no tiles of bfloat16 a prompt is held like any other tokens."""
+    x = tokens(max(MS), k)
+    for symmetric, dtype, n in product((True, False), (torch.bfloat16, torch.float16), (67, 192, 1)):
+        w = weight(n, k, bits, group, symmetric, dtype)
+        ready = prepared(Part(w), n=n)
+        exact = x.double() @ w.decode().double().T
+        bound = (2**-7 + 2**-16 + k * EPS) * (x.abs().double() @ w.decode().abs().double().T)
+        whole = qmm_prepared(x, ready, False, 1, prompt=True)
+        if not rounds_prompts():
+            assert torch.equal(whole, qmm_prepared(x, ready, False, 1))
+            continue
+        bound = bound + 2.0**-126 * k  # tiles take denormal products for zero
+        assert ((whole - exact).abs() <= bound).all()
+        for m in MS if n == 67 else (1, 17):
+            assert torch.equal(qmm_prepared(x[:m], ready, False, 2, prompt=True), whole[:m])
+        assert torch.equal(qmm_prepared(x[7:40], ready, False, 1, prompt=True), whole[7:40])
 
 
 @pytest.mark.parametrize("bits", [*BITS, 16])
@@ -272,7 +302,7 @@ for bits in range(2, 9):
                 x[::2, 3] *= 30
                 for exact in (False, True):
                     y = np.full((m + 2, n), np.nan, np.float32)
-                    _native.qmm_prepared(w, x.ctypes.data, m, y[1:].ctypes.data, 2, exact)
+                    _native.qmm_prepared(w, x.ctypes.data, m, y[1:].ctypes.data, 2, exact, False)
                     assert np.isnan(y[0]).all() and np.isnan(y[-1]).all() and np.isfinite(y[1:-1]).all()
                     middle = zero if asymmetric else np.full_like(zero, 2 ** (bits - 1))
                     dense = np.abs(codes - np.repeat(middle, group, 1).astype(np.float32))
@@ -302,7 +332,7 @@ def runnable() -> list[str]:
     can = {
         "scalar": True,
         "avx2": f["avx2"] and f["fma"],
-        "amx": f["amx_int8"],
+        "amx": f["amx_int8"] and f["amx_bf16"],
         "avx512": all(f[name] for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")),
         "neon": f["neon"] and f["dotprod"],
     }

@@ -262,8 +262,8 @@ def test_what_signs_of_scales_bring_is_the_committed_result() -> None:
     assert table[2:] == [f"| {name} | {public[name, 3]} |" for name in names]
     readme = " ".join((ROOT / "README.md").read_text().split())
     first = {key: figure.split(" ")[0] for key, figure in {**after, **public}.items()}
-    alone, original = first["autoround", 3], first["AutoRound 0.16.1", 3]
-    assert f"autoround alone is at {alone}, where AutoRound's own code is at {original}" in readme
+    theirs, theirs_gptq = first["AutoRound 0.16.1", 3], first["llm-compressor 0.14.0.1 GPTQ", 3]
+    assert f"AutoRound's own code is at {theirs} at 3 bits, llm-compressor's GPTQ at {theirs_gptq}" in readme
     assert f"ours at {first['discquant', 3]} and {first['discquant', 2]}" in readme
 
 

@@ -48,6 +48,18 @@ def test_what_follows_a_piece_is_the_models_own(tiny_model: Path) -> None:
     assert abs(float((seen - expected).mean())) < 5 * spread
 
 
+def test_bfloat16_leaves_the_model_as_it_was(tiny_model: Path) -> None:
+    lm = load_dense(str(tiny_model), "cpu")
+    before = dict(lm.model.named_parameters())
+    windows = torch.randint(0, lm.vocabulary, (3, 24), generator=torch.Generator().manual_seed(0))
+    made = continue_windows(lm, windows, 70, 0, torch.bfloat16)  # more than a batch
+    assert made.shape == (70, 24)
+    assert torch.equal(made, continue_windows(lm, windows, 70, 0, torch.bfloat16))
+    after = dict(lm.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] and after[name].dtype is torch.float32 for name in before)
+
+
 def test_windows_from_nothing_begin_anywhere_in_the_vocabulary(tiny_model: Path) -> None:
     lm = load_dense(str(tiny_model), "cpu")
     made = sample_windows(lm, 40, 3, 0)

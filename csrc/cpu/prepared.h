@@ -25,7 +25,7 @@
 // A large head has two planes (`rest`): values scale * (4 (h - 32) + l - 1.5), of which h, 6 bits, is what the matmul reads, with
 // four times the scale, and l, 2 bits, lies by rows [n][k / 64][20], for the few rows whose logits matter (head.h). Of 64
 // columns, byte i < 16 holds columns i, 16 + i, 32 + i and 48 + i, the first in its lowest bits; behind them are the two
-// scales once more, since those of the matmul lie 16 rows to a line, which made refining a row three times as slow.
+// scales once more, since those of the matmul lie 16 rows to a line: a row refined would read one more line for every group.
 #pragma once
 
 #include <cstdint>
